@@ -1,0 +1,68 @@
+"""The engine: one compiled model on one device, with its KV slots. Its only verb is a step."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+
+
+class EngineError(Exception):
+    """The engine cannot be loaded or run; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How the next token is chosen at each of a step's logit rows; every array is [rows]."""
+
+    temperature: Float32
+    top_k: Int64
+    top_p: Float32
+    min_p: Float32
+    uniform: Float32
+    """In [0, 1): where in the remaining distribution the token lies. See runtime/sampling.py."""
+
+    @classmethod
+    def greedy(cls, rows: int) -> "Draw":
+        """The most likely token at each of `rows` rows."""
+        zeros = np.zeros(rows, np.float32)
+        return cls(zeros, np.zeros(rows, np.int64), np.ones(rows, np.float32), zeros, zeros)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """New tokens for neighbouring slots, all of them at once."""
+
+    first_slot: int
+    input_ids: Int64
+    """[batch, seq]; batch is 1 where seq is more than 1 (one prompt's chunk)."""
+    kv_lengths: Int32
+    """[batch]: tokens in each slot once these are written, so row b's tokens stand at kv_lengths[b]-seq ... ."""
+    logit_rows: Int64
+    """[rows]: indices into the flattened [batch * seq] whose next token is wanted; none in a chunk that is not the last."""
+    draw: Draw
+
+
+class Engine(Protocol):
+    """What runs a `Batch`. Not thread-safe: one loop owns it."""
+
+    slots: int
+    context: int
+    """Tokens a slot holds."""
+    vocab_size: int
+
+    def step(self, batch: Batch) -> tuple[Int64, Float32]:
+        """Write the new tokens' keys and values, choose tokens: (token ids [rows], log-probabilities [rows])."""
+        ...
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens' keys and values from one slot to another."""
+        ...
+
+    def close(self) -> None:
+        """Give the device memory back."""
+        ...

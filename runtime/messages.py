@@ -1,0 +1,130 @@
+"""What crosses a process boundary: msgpack over ZeroMQ, one frame a message.
+
+A worker binds a ROUTER socket; each front end connects a DEALER to it. A front end sends `Attach` and gets `Ready`; from
+then on it sends `Generate` and `Cancel`, and gets `Refused`, `Progress` and `Heartbeat`. Every `Generate` ends in exactly
+one `Refused` or one `Row` with a `finish`. Request ids are the front end's own; two front ends may use the same.
+"""
+
+from typing import Literal
+
+import msgspec
+
+PROTOCOL = 1
+HEARTBEAT_SECONDS = 1.0
+"""A worker sends a `Heartbeat` to each attached front end at least this often, also while it is idle."""
+
+Finish = Literal["stop", "length", "cancelled", "error"]
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How a row's next token is chosen, in this order: temperature, top-k, top-p, min-p."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token (greedy); the others then have no effect."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens whose probability reaches this."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the most likely one."""
+    seed: int = 0
+    """The same seed and prompt give the same tokens, whoever shares the batch. Below 2**63."""
+
+
+# Front end -> worker -----------------------------------------------------------------------------------------------
+
+
+class Attach(msgspec.Struct, frozen=True, tag=True):
+    """A front end is there and wants `Ready` and heartbeats."""
+
+    protocol: int = PROTOCOL
+
+
+class Generate(msgspec.Struct, frozen=True, tag=True):
+    """Continue `prompt`."""
+
+    id: str
+    prompt: list[int]
+    max_tokens: int
+    """At least 1."""
+    sampling: Sampling = Sampling()
+    stop_ids: list[int] = []
+    """Tokens that end the answer; the one that does is not part of it."""
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Forget request `id`; its slot is free within one step. Answered by a `Row` with finish "cancelled"."""
+
+    id: str
+
+
+Request = Attach | Generate | Cancel
+
+# Worker -> front end -----------------------------------------------------------------------------------------------
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The engine is loaded and takes requests."""
+
+    model: str
+    """The bundle's name."""
+    variant: str
+    slots: int
+    """Requests that decode at the same time."""
+    context: int
+    """Tokens a slot holds: prompt and answer together."""
+    queue: int
+    """Requests that may wait for a slot; one more is refused."""
+    vocab_size: int
+    pid: int
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """Request `id` was not taken; nothing of it ran."""
+
+    id: str
+    reason: Literal["queue full", "prompt too long", "bad request"]
+    message: str
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """News of one request: its new tokens and, once, how it ended."""
+
+    id: str
+    tokens: list[int]
+    logprobs: list[float]
+    """Natural log-probability of each token under the model's unscaled distribution."""
+    finish: Finish | None = None
+    cached: int = 0
+    """Prompt tokens whose keys and values were reused instead of computed."""
+    message: str = ""
+    """With finish "error": what happened."""
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """What one scheduler iteration gave a front end's requests."""
+
+    rows: list[Row]
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """The worker lives, and what it holds."""
+
+    running: int
+    waiting: int
+    kv_tokens: int
+    """Tokens in the running requests' slots."""
+    steps: int
+    """Steps since the start, prefill chunks and decode batches together."""
+    prompt_tokens: int
+    """Prompt tokens computed since the start."""
+    generated_tokens: int
+    step_seconds: float
+    """Time spent inside the engine since the start."""
+
+
+Reply = Ready | Refused | Progress | Heartbeat
+
+encode = msgspec.msgpack.Encoder().encode
+decode_request = msgspec.msgpack.Decoder(Request).decode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode

@@ -1,0 +1,1 @@
+"""HTTP becomes tokens. Needs aiohttp; nothing of `export`."""
