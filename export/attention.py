@@ -26,6 +26,9 @@ from export.errors import UnsupportedModel
 NAME = "engineshed"
 """The `attn_implementation` under which attention and masks are registered with transformers."""
 
+LATER_DOMAIN = "onnx24"
+"""Stands for ONNX's own domain in operators younger than the opset that is traced; `graph.tidy` puts the right one."""
+
 WHOLE = -1
 """The window of a layer that sees its whole past (GroupQueryAttention's `local_window_size` uses the same value)."""
 
@@ -163,12 +166,12 @@ class SlotCache(Cache):
         if torch.onnx.is_in_onnx_export():
             assert past is not None
             return torch.onnx.ops.symbolic(
-                "TensorScatter",
+                f"{LATER_DOMAIN}::TensorScatter",
                 (past, update, self.step.position_ids[:, 0]),
                 {"axis": 2, "mode": "linear"},
                 dtype=update.dtype,
                 shape=past.shape,
-                version=24,
+                version=1,
             )
         batch, heads, _, dim = update.shape
         longest = self.step.kv_range.shape[0]

@@ -1,0 +1,233 @@
+"""Weight-only quantization of a traced graph: MatMulNBits for the projections, GatherBlockQuantized for the embedding.
+
+MatMulNBits is fast on the CPU only with an integer zero point a block, which shifts every weight of the block by up to half
+a step; on a model whose blocks have real zero points (GGUF's Q4_1) that alone costs 28% in perplexity. The shift is a
+product of its own, so it is carried along in the same operator:
+
+    x @ W = x @ ((code - integer_zero) * scale)  +  blocksum(x) @ shift
+
+with blocksum(x) appended to x and the shift, in 4 bits, to W.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from export import grid
+from export.grid import BLOCK, Float32, Grid
+
+ACCURACY_INT8 = 4
+"""MatMulNBits' `accuracy_level` at which activations are quantized to int8 a block and products are summed in int32."""
+_SMALLEST = 32
+"""Matrices with a side below this stay as they are: no weight worth saving, and routers are among them."""
+_ROUTER_PATH = {"Softmax", "Sigmoid", "Cast", "Reshape", "Add", "LogSoftmax", "Squeeze", "Unsqueeze", "Mul", "Relu"}
+
+
+@dataclass
+class Report:
+    """What quantization did to a graph."""
+
+    matrices: int = 0
+    weights: int = 0
+    """Numbers that are now quantized."""
+    skipped: int = 0
+    """Numbers in matrices that stay as they are: routers, experts, position tables."""
+    blocks: int = 0
+    carried: int = 0
+    """Blocks that lay on a grid already and were carried over."""
+    _seen: set[str] = field(default_factory=set, repr=False)
+
+    def count(self, matrix: Grid) -> None:
+        """Add one quantized matrix."""
+        self.matrices += 1
+        self.weights += len(matrix.codes) * matrix.columns
+        self.blocks += matrix.scale.size
+        self.carried += round(matrix.exact * matrix.scale.size)
+
+
+def quantize(model: ir.Model, bits: int, vocab: int) -> Report:
+    """Quantize `model`'s projections to `bits` (4 or 8), its embedding and LM head to 8, in place.
+
+    The embedding and a tied LM head come out as the same bytes, which `graph.write` stores once. Routers and the stacked
+    weights of experts are left alone.
+    """
+    rewriter = _Rewriter(model.graph, bits, vocab)
+    for node in list(model.graph):
+        rewriter.visit(node)
+    model.opset_imports["com.microsoft"] = 1
+    return rewriter.report
+
+
+class _Rewriter:
+    def __init__(self, graph: ir.Graph, bits: int, vocab: int) -> None:
+        self.graph, self.bits, self.vocab = graph, bits, vocab
+        self.report = Report()
+        self._extended: dict[ir.Value, ir.Value] = {}
+        self._grids: dict[str, Grid] = {}
+
+    def visit(self, node: ir.Node) -> None:
+        if node.op_type == "Gather" and self._is_embedding(node):
+            self._gather(node)
+        elif node.op_type in {"MatMul", "Gemm"}:
+            weight = self._weight(node)
+            if weight is None:
+                return
+            if min(weight.shape) < _SMALLEST or _routes(node):
+                self.report.skipped += weight.size
+                return
+            bits = 8 if weight.shape[0] >= self.vocab else self.bits
+            matrix = grid.eight_bits(weight) if bits == 8 else grid.four_bits(weight)
+            self.report.count(matrix)
+            self._matmul(node, matrix)
+
+    # Reading the graph ---------------------------------------------------------------------------------------------
+
+    def _is_embedding(self, node: ir.Node) -> bool:
+        table = node.inputs[0]
+        if table is None or table.const_value is None or len(table.const_value.shape) != 2:
+            return False
+        rows, columns = table.const_value.shape
+        axis = node.attributes.get("axis")
+        return rows >= self.vocab and columns >= _SMALLEST and (axis is None or axis.as_int() == 0)
+
+    def _weight(self, node: ir.Node) -> Float32 | None:
+        """The constant right-hand side as [out, in] float32, or None where the product has none."""
+        value = node.inputs[1]
+        if value is None:
+            return None
+        transposed = node.op_type == "Gemm" and _flag(node, "transB")
+        if node.op_type == "Gemm" and (_flag(node, "transA") or _factor(node, "alpha") != 1 or _factor(node, "beta") != 1):
+            return None
+        producer = value.producer()
+        if producer is not None and producer.op_type == "Transpose" and len(value.shape or ()) == 2:
+            value, transposed = producer.inputs[0], not transposed
+        if value is None or value.const_value is None or len(value.const_value.shape) != 2:
+            return None
+        array = value.const_value.numpy()
+        return np.ascontiguousarray(array if transposed else array.T, dtype=np.float32)
+
+    # Rewriting it --------------------------------------------------------------------------------------------------
+
+    def _matmul(self, node: ir.Node, matrix: Grid) -> None:
+        x = node.inputs[0]
+        assert x is not None
+        codes, scale, zero = matrix.codes, matrix.scale, matrix.integer_zero
+        inner = codes.shape[1] * BLOCK
+        if np.abs(matrix.shift).max() > 0:
+            x = self._with_block_sums(node, x, matrix.columns)
+            shift_codes, shift_scale, shift_zero = grid.shift_codes(matrix.shift)
+            codes = np.concatenate([codes, shift_codes], axis=1)
+            scale = np.concatenate([scale, shift_scale], axis=1)
+            zero = np.concatenate([zero, shift_zero], axis=1)
+            inner += matrix.scale.shape[1]
+        elif inner != matrix.columns:
+            inner = matrix.columns
+        bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+        inputs = [x, *self._constants(node, matrix.bits, codes, scale, zero)]
+        if bias is not None:
+            inputs += [None, bias]
+        attributes = {
+            "K": inner,
+            "N": len(codes),
+            "bits": matrix.bits,
+            "block_size": BLOCK,
+            "accuracy_level": ACCURACY_INT8,
+        }
+        self._replace(node, "MatMulNBits", inputs, attributes)
+
+    def _gather(self, node: ir.Node) -> None:
+        table = node.inputs[0]
+        assert table is not None
+        assert table.const_value is not None
+        weight = np.ascontiguousarray(table.const_value.numpy(), dtype=np.float32)
+        if weight.shape[1] % BLOCK:
+            self.report.skipped += weight.size
+            return
+        matrix = grid.eight_bits(weight)
+        self.report.count(matrix)
+        codes, scale, zero = self._constants(node, 8, matrix.codes, matrix.scale, matrix.integer_zero)
+        flat = codes.const_value
+        assert flat is not None
+        codes.const_value = ir.tensor(flat.numpy().reshape(weight.shape), name=codes.name)
+        codes.shape = ir.Shape(weight.shape)
+        attributes = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+        self._replace(node, "GatherBlockQuantized", [codes, node.inputs[1], scale, zero], attributes)
+
+    def _with_block_sums(self, node: ir.Node, x: ir.Value, columns: int) -> ir.Value:
+        """`x` [..., columns] with the sums of its blocks appended; made once for all the products that read `x`."""
+        if x in self._extended:
+            return self._extended[x]
+        count = -(-columns // BLOCK)
+        if columns % BLOCK:
+            amount = self._constant(f"pad_to_{BLOCK}_{columns}", np.array([0, count * BLOCK - columns]))
+            axis = self._constant("last_axis", np.array([-1]))
+            x_whole = self._insert(node, "Pad", [x, amount, None, axis], {})
+        else:
+            x_whole = x
+        shape = self._constant(f"blocks_of_{columns}_{_rank(x)}", np.array([0] * (_rank(x) - 1) + [count, BLOCK]))
+        blocks = self._insert(node, "Reshape", [x_whole, shape], {})
+        sums = self._insert(node, "ReduceSum", [blocks, self._constant("last_axis", np.array([-1]))], {"keepdims": 0})
+        self._extended[x] = self._insert(node, "Concat", [x_whole, sums], {"axis": -1})
+        return self._extended[x]
+
+    def _constants(
+        self, node: ir.Node, bits: int, codes: grid.Codes, scale: Float32, zero: grid.Codes
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        name = node.outputs[0].name
+        packed, zeros = grid.pack(codes, bits), grid.pack(zero, bits)
+        return (
+            self._constant(f"{name}.codes", packed),
+            self._constant(f"{name}.scale", scale),
+            self._constant(f"{name}.zero", zeros),
+        )
+
+    def _constant(self, name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def _insert(
+        self, before: ir.Node, op_type: str, inputs: list[ir.Value | None], attributes: dict[str, int]
+    ) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes)
+        self.graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def _replace(self, node: ir.Node, op_type: str, inputs: list[ir.Value | None], attributes: dict[str, int]) -> None:
+        new = ir.node(op_type, inputs, attributes, domain="com.microsoft", name=node.name)
+        self.graph.insert_before(node, new)
+        old, out = node.outputs[0], new.outputs[0]
+        out.name, out.shape, out.type = old.name, old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)
+
+
+def _routes(node: ir.Node) -> bool:
+    """The product chooses experts: its result runs, through elementwise operators, into a TopK."""
+    frontier = [node.outputs[0]]
+    for _ in range(5):
+        users = [user for value in frontier for user, _ in value.uses()]
+        if any(user.op_type == "TopK" for user in users):
+            return True
+        frontier = [user.outputs[0] for user in users if user.op_type in _ROUTER_PATH]
+    return False
+
+
+def _rank(value: ir.Value) -> int:
+    if value.shape is None:
+        raise ValueError(f"value {value.name!r} has no shape")
+    return len(value.shape)
+
+
+def _flag(node: ir.Node, name: str) -> bool:
+    attribute = node.attributes.get(name)
+    return attribute is not None and attribute.as_int() != 0
+
+
+def _factor(node: ir.Node, name: str) -> float:
+    attribute = node.attributes.get(name)
+    return 1.0 if attribute is None else attribute.as_float()

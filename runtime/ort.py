@@ -1,0 +1,152 @@
+"""The engine on ONNX Runtime: KV slots bound in place, once; a step moves a few integers."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from runtime import bundle
+from runtime.bundle import Variant
+from runtime.engine import Batch, Draw, EngineError, Float32, Int64
+
+_PAGE = 4096
+_KV_TYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16}
+
+
+class OrtEngine:
+    """A variant of a bundle on ONNX Runtime's CPU provider.
+
+    One buffer a layer, [slots, kv_heads, capacity, dim], is past and present at once: GroupQueryAttention and
+    TensorScatter write the new rows into it and nothing is copied. Bindings are made once for each (first slot, batch)
+    and reused, so a decode step binds nothing.
+    """
+
+    def __init__(self, folder: Path, variant: Variant, vocab_size: int, *, slots: int, context: int, threads: int = 0) -> None:
+        """Load `variant` of the bundle in `folder`. `threads` 0 means all cores this process may use."""
+        if variant.kv_dtype not in _KV_TYPES:
+            raise EngineError(f"variant {variant.name!r} keeps its cache in {variant.kv_dtype}, which the CPU does not serve")
+        self.slots, self.context, self.vocab_size = slots, context, vocab_size
+        self._session = _session(folder / variant.model, threads)
+        self._input_names = {node.name for node in self._session.get_inputs()}
+        dtype = np.dtype(_KV_TYPES[variant.kv_dtype])
+        try:
+            self._kv = {
+                f"{layer.index}.{part}": _touched((slots, layer.kv_heads, context, dim), dtype)
+                for part in ("key", "value")
+                for layer in variant.layers
+                for dim in [layer.key_dim if part == "key" else layer.value_dim]
+            }
+        except MemoryError:
+            need = variant.kv_bytes_per_token * slots * context
+            raise EngineError(
+                f"{slots} slots of {context} tokens need {need >> 20} MiB, which this machine does not give; "
+                "start with fewer slots or a shorter context"
+            ) from None
+        missing = {f"past.{name}" for name in self._kv} - self._input_names
+        if missing:
+            raise EngineError(f"{variant.model} has no input {min(missing)!r}; export the model again")
+        self._kv_range = np.arange(context, dtype=np.int64)
+        self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
+        self._tokens = np.zeros(slots, np.int64)
+        self._logprobs = np.zeros(slots, np.float32)
+
+    def step(self, batch: Batch) -> tuple[Int64, Float32]:
+        """See `runtime.engine.Engine.step`; the arrays returned are valid until the next step."""
+        count, seq = batch.input_ids.shape
+        rows = len(batch.logit_rows)
+        if rows > len(self._tokens):
+            self._tokens, self._logprobs = np.zeros(rows, np.int64), np.zeros(rows, np.float32)
+        binding = self._binding(batch.first_slot, count)
+        positions = batch.kv_lengths.astype(np.int64)[:, None] - seq + np.arange(seq)
+        feeds: dict[str, npt.NDArray[np.generic]] = {
+            "input_ids": batch.input_ids,
+            "position_ids": positions,
+            "kv_lengths": batch.kv_lengths,
+            "kv_range": self._kv_range[: batch.kv_lengths.max()],
+            "logit_rows": batch.logit_rows,
+            **_draw_feeds(batch.draw),
+        }
+        for name, array in feeds.items():
+            if name in self._input_names:
+                _bind_input(binding, name, array)
+        tokens, logprobs = self._tokens[:rows], self._logprobs[:rows]
+        _bind_output(binding, "tokens", tokens)
+        _bind_output(binding, "logprobs", logprobs)
+        self._session.run_with_iobinding(binding)
+        return tokens, logprobs
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """See `runtime.engine.Engine.copy`."""
+        for buffer in self._kv.values():
+            buffer[target, :, :length] = buffer[source, :, :length]
+
+    def close(self) -> None:
+        """Drop the session and the slots."""
+        self._bindings.clear()
+        self._kv.clear()
+        del self._session
+
+    def _binding(self, first: int, count: int) -> ort.IOBinding:
+        key = (first, count)
+        if key not in self._bindings:
+            binding = self._session.io_binding()
+            for name, buffer in self._kv.items():
+                view = buffer[first : first + count]
+                _bind_input(binding, f"past.{name}", view)
+                _bind_output(binding, f"present.{name}", view)
+            self._bindings[key] = binding
+        return self._bindings[key]
+
+
+def load(folder: Path, variant_name: str | None = None, *, slots: int, context: int | None, threads: int = 0) -> OrtEngine:
+    """The CPU engine of the bundle in `folder`, its hashes verified.
+
+    `context` None takes the model's own length. Raises BundleError or EngineError.
+    """
+    manifest = bundle.read(folder)
+    variant = manifest.variant(variant_name)
+    if variant.target != "cpu":
+        raise EngineError(f"variant {variant.name!r} is for {variant.target}; this engine runs variants for the cpu")
+    if context is not None and context > manifest.max_length:
+        raise EngineError(f"model {manifest.name!r} was made for {manifest.max_length} positions; a context of {context} is over")
+    bundle.verify(folder, manifest, variant)
+    length = manifest.max_length if context is None else context
+    return OrtEngine(folder, variant, manifest.vocab_size, slots=slots, context=length, threads=threads)
+
+
+def _session(path: Path, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        raise EngineError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}; export the model again") from error
+
+
+def _touched(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+    """A zeroed array whose pages are there already, so that no step pays for their first touch."""
+    array = np.empty(shape, dtype)
+    array.fill(0)
+    return array
+
+
+def _draw_feeds(draw: Draw) -> dict[str, npt.NDArray[np.generic]]:
+    return {
+        "temperature": draw.temperature,
+        "top_k": draw.top_k,
+        "top_p": draw.top_p,
+        "min_p": draw.min_p,
+        "uniform": draw.uniform,
+    }
+
+
+def _bind_input(binding: ort.IOBinding, name: str, array: npt.NDArray[np.generic]) -> None:
+    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _bind_output(binding: ort.IOBinding, name: str, array: npt.NDArray[np.generic]) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
