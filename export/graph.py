@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from export.attention import LATER_DOMAIN
+from export.cache import LATER_DOMAIN
 
 WEIGHTS = "weights.bin"
 MODEL = "model.onnx"

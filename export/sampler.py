@@ -24,6 +24,7 @@ INPUTS = {
     "top_p": ir.DataType.FLOAT,
     "min_p": ir.DataType.FLOAT,
     "uniform": ir.DataType.FLOAT,
+    "forced": ir.DataType.INT64,
 }
 """The sampling tensors of the step contract, each [rows]."""
 
@@ -76,7 +77,7 @@ def Invert(weights, uniform):  # type: ignore[no-untyped-def]
 
 @script(_domain, default_opset=op)
 def Sample(  # type: ignore[no-untyped-def]
-    logits, temperature, top_k, top_p, min_p, uniform, candidates, vocab, blocks_shape, padding
+    logits, temperature, top_k, top_p, min_p, uniform, forced, candidates, vocab, blocks_shape, padding
 ):
     """Token ids [rows] and their log-probabilities [rows] from logits [rows, vocab]."""
     one = op.Constant(value_ints=[1])
@@ -101,9 +102,10 @@ def Sample(  # type: ignore[no-untyped-def]
         # Rounding can carry the index past the last kept token; the most likely one is always kept.
         weight = op.Squeeze(op.GatherElements(kept, op.Unsqueeze(drawn, one), axis=1), one)
         valid = op.And(hot, op.Greater(weight, op.Constant(value_floats=[0.0])))
-        tokens = op.Where(valid, drawn, best)
+        free = op.Where(valid, drawn, best)
     else:
-        tokens = op.Identity(best)
+        free = op.Identity(best)
+    tokens = op.Where(op.Less(forced, op.Constant(value_ints=[0])), free, forced)
     # LogSoftmax takes an eighth of the time of ReduceLogSumExp in ONNX Runtime's CPU provider.
     logprobs = op.Squeeze(op.GatherElements(op.LogSoftmax(logits, axis=-1), op.Unsqueeze(tokens, one), axis=1), one)
     return tokens, logprobs

@@ -25,12 +25,19 @@ class Draw:
     min_p: Float32
     uniform: Float32
     """In [0, 1): where in the remaining distribution the token lies. See runtime/sampling.py."""
+    forced: Int64
+    """The token to take whatever its probability, for its log-probability's sake; negative to choose freely."""
 
     @classmethod
     def greedy(cls, rows: int) -> "Draw":
         """The most likely token at each of `rows` rows."""
-        zeros = np.zeros(rows, np.float32)
-        return cls(zeros, np.zeros(rows, np.int64), np.ones(rows, np.float32), zeros, zeros)
+        return cls.force(np.full(rows, -1, np.int64))
+
+    @classmethod
+    def force(cls, tokens: Int64) -> "Draw":
+        """The given tokens [rows], which makes a step score them; the most likely one where it is negative."""
+        zeros = np.zeros(len(tokens), np.float32)
+        return cls(zeros, np.zeros(len(tokens), np.int64), np.ones(len(tokens), np.float32), zeros, zeros, tokens)
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,7 @@ def _draw_feeds(draw: Draw) -> dict[str, npt.NDArray[np.generic]]:
         "top_p": draw.top_p,
         "min_p": draw.min_p,
         "uniform": draw.uniform,
+        "forced": draw.forced,
     }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
@@ -50,8 +51,8 @@ class ChatTemplate:
                 length += len(piece)
                 if length > self._most:
                     raise TemplateError(
-                        f"the conversation renders to more than {self._most} characters, which no prompt of this model can hold;"
-                        " send less"
+                        f"the conversation renders to more than {self._most} characters, more than a prompt of this model can"
+                        " hold; send less"
                     )
                 pieces.append(piece)
         except TemplateError:
@@ -59,9 +60,8 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise TemplateError(f"the model's chat template refuses the conversation: {error}") from error
         except Exception as error:  # Templates run arbitrary expressions over whatever the client sent.
-            raise TemplateError(
-                f"the model's chat template cannot render the conversation: {error or type(error).__name__}"
-            ) from error
+            what = str(error) or type(error).__name__
+            raise TemplateError(f"the model's chat template cannot render the conversation: {what}") from error
         return "".join(pieces)
 
 
@@ -92,7 +92,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _refuse_underscore(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"a namespace may not hold {name!r}")
+        raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name!r}")
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

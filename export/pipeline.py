@@ -1,0 +1,283 @@
+"""The whole way from a recipe to a published bundle."""
+
+import errno
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, Protocol
+
+import msgspec
+import onnx_ir as ir
+from transformers import PreTrainedModel
+
+from export import decoder, graph, quantize, sampler, source, tokenizer, verify
+from export.errors import ExportError, UnsupportedModel
+from export.recipe import Build, Recipe
+from runtime import bundle
+from runtime.bundle import Bundle, Perplexity, Variant, Verification
+from runtime.ort import OrtEngine
+
+UNKNOWN_LENGTH = 2048
+"""Positions of a model whose configuration names no limit (ALiBi models, mostly)."""
+LEAST_AGREEMENT = 0.5
+"""Share of greedy tokens below which a quantized variant is taken for broken rather than for coarse."""
+_BUILDERS = ("torch", "transformers", "optimum", "onnxscript", "onnx-ir")
+
+
+class Progress(Protocol):
+    """Who is told how far the export is."""
+
+    def begin(self, stage: str) -> None:
+        """A stage has begun."""
+
+    def end(self, stage: str, seconds: float, note: str) -> None:
+        """It is over; `note` says what came of it."""
+
+
+@dataclass
+class Stage:
+    """A stage under way; what is put into `note` is shown at its end."""
+
+    note: str = ""
+
+
+@dataclass
+class Export:
+    """How to export, beside what."""
+
+    engines: Path
+    """Where bundles live."""
+    cache: Path
+    """Where downloaded wheels are unpacked."""
+    progress: Progress
+    verify: bool = True
+    text: Path | None = None
+    """Perplexity is measured on this file; None measures none."""
+    text_tokens: int = 2048
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, recipe: Recipe) -> Path:
+        """Build the bundle of `recipe` and publish it at `engines/NAME`; returns that folder. Raises ExportError.
+
+        Nothing is left behind when it fails, and an older bundle of that name stays as it was. Variants that the older
+        bundle has and the recipe does not are kept when both come from the same weights.
+        """
+        with self._stage("fetch") as stage:
+            checkpoint = source.fetch(recipe.model, self.cache)
+            stage.note = f"{checkpoint.source.kind} {checkpoint.source.name}"
+        with self._stage("load") as stage:
+            model = source.load(checkpoint)
+            stage.note = f"{model.config.model_type}, {model.num_parameters() / 1e6:.0f}M parameters"
+        with self._stage("tokenizer") as stage:
+            text = tokenizer.read_text(
+                checkpoint.folder, checkpoint.gguf_file, generation_config=getattr(model, "generation_config", None)
+            )
+            stage.note = f"{text.tokenizer.get_vocab_size()} tokens, {'a' if text.template else 'no'} chat template"
+        with self._stage("survey") as stage:
+            seen = decoder.survey(model)
+            stage.note = f"{len(seen.layers)} layers, {sum(layer.fused for layer in seen.layers)} with fused attention"
+        with self._stage("trace") as stage:
+            traced = decoder.trace(model, seen)
+            stage.note = f"{sum(1 for _ in traced.graph)} operators"
+        folder = self.engines / recipe.name
+        with _workshop(self.engines, recipe.name) as workshop:
+            tokenizer.write_text(text, workshop)
+            job = _Job(self, model, traced, seen, workshop, text)
+            variants = tuple(job.build(build) for build in recipe.variants)
+            manifest = Bundle(
+                format=bundle.FORMAT,
+                name=recipe.name,
+                source=checkpoint.source,
+                architecture=model.config.model_type,
+                vocab_size=job.vocab,
+                max_length=job.max_length,
+                stop_ids=text.stop_ids,
+                bos_id=text.bos_id,
+                files=tuple(bundle.describe(workshop, name) for name in _text_files(workshop)),
+                variants=(*variants, *_kept(folder, workshop, checkpoint.source, {v.name for v in variants})),
+                created=int(time.time()),
+            )
+            with self._stage("publish") as stage:
+                (workshop / bundle.MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
+                bundle.read(workshop)
+                _replace(folder, workshop)
+                stage.note = str(folder)
+        return folder
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[Stage]:
+        start, stage = time.perf_counter(), Stage()
+        self.progress.begin(name)
+        yield stage
+        self.seconds[name] = time.perf_counter() - start
+        self.progress.end(name, self.seconds[name], stage.note)
+
+
+@dataclass
+class _Job:
+    """What building the variants of one model shares."""
+
+    export: Export
+    model: PreTrainedModel
+    traced: ir.Model
+    seen: decoder.Survey
+    workshop: Path
+    text: tokenizer.TextSide
+
+    def __post_init__(self) -> None:
+        self.vocab = self.model.get_output_embeddings().weight.shape[0]
+        config = self.model.config.get_text_config(decoder=True)
+        self.max_length = int(getattr(config, "max_position_embeddings", None) or UNKNOWN_LENGTH)
+        self._reference: float | None = None
+
+    def build(self, build: Build) -> Variant:
+        """Compile one variant into its folder and prove it."""
+        stage_of = self.export._stage
+        folder = self.workshop / build.name
+        folder.mkdir()
+        with stage_of(f"{build.name}: compile") as stage:
+            compiled = self.traced.clone()
+            note = ""
+            if build.precision != "fp32":
+                report = quantize.quantize(compiled, 4 if build.precision == "int4" else 8, self.vocab)
+                note = f", {report.weights / 1e6:.0f}M weights quantized, {report.carried / max(1, report.blocks):.0%} of their blocks carried over exactly"
+            sampler.append_sampler(compiled, self.vocab)
+            graph.tidy(compiled)
+            graph.write(compiled, folder)
+            files = tuple(bundle.describe(self.workshop, f"{build.name}/{name}") for name in (graph.MODEL, graph.WEIGHTS))
+            stage.note = f"{sum(file.size for file in files) / 1e6:.0f} MB{note}"
+        variant = Variant(
+            name=build.name,
+            target=build.target,
+            precision=build.precision,
+            kv_dtype="float32",
+            model=files[0].path,
+            files=files,
+            layers=tuple(bundle.Layer(x.index, x.kv_heads, x.key_dim, x.value_dim) for x in self.seen.layers),
+            builder=", ".join(f"{name} {version(name)}" for name in _BUILDERS),
+            attention=_attention(self.seen),
+            opset=graph.OPSET,
+        )
+        return self._proved(variant)
+
+    def _proved(self, variant: Variant) -> Variant:
+        if not self.export.verify and self.export.text is None:
+            return variant
+        context = min(self.max_length, verify.WINDOW)
+        engine = OrtEngine(self.workshop, variant, self.vocab, slots=len(verify.PROMPTS), context=context)
+        try:
+            if self.export.verify:
+                variant = msgspec.structs.replace(variant, verification=self._verify(engine, variant))
+            if self.export.text is not None:
+                variant = msgspec.structs.replace(variant, perplexity=self._perplexity(engine, variant, self.export.text))
+        finally:
+            engine.close()
+        return variant
+
+    def _verify(self, engine: OrtEngine, variant: Variant) -> Verification:
+        with self.export._stage(f"{variant.name}: verify") as stage:
+            prompts = [self._encode(prompt)[: engine.context - verify.TOKENS] for prompt in verify.PROMPTS]
+            answers = verify.continue_prompts(engine, prompts)
+            agreement = verify.compare(self.model, prompts, answers)
+            stage.note = f"{agreement.equal} of {agreement.compared} greedy tokens are transformers'"
+            if agreement.ties:
+                stage.note += f", {agreement.ties} tied"
+            self._judge(variant, agreement)
+        return Verification(
+            f"transformers {version('transformers')}, fp32", len(prompts), agreement.compared, agreement.equal + agreement.ties
+        )
+
+    def _judge(self, variant: Variant, agreement: verify.Agreement) -> None:
+        name = type(self.model).__name__
+        if variant.precision == "fp32" and agreement.different:
+            raise UnsupportedModel(
+                f"{name}: the engine's tokens differ from transformers' in {agreement.different} of {agreement.compared} "
+                f"places ({agreement.first}); the model does something that the step contract does not carry. "
+                "Nothing was published (--no-verify publishes it all the same)"
+            )
+        if agreement.different > (1 - LEAST_AGREEMENT) * agreement.compared:
+            raise UnsupportedModel(
+                f"{name} in {variant.precision}: only {agreement.equal} of {agreement.compared} greedy tokens are "
+                f"transformers' own ({agreement.first}); try --precision int8 or fp32 (--no-verify publishes it all the same)"
+            )
+
+    def _perplexity(self, engine: OrtEngine, variant: Variant, path: Path) -> Perplexity:
+        with self.export._stage(f"{variant.name}: perplexity") as stage:
+            tokens = self._encode(path.read_text())[: self.export.text_tokens]
+            window = min(verify.WINDOW, engine.context)
+            if self._reference is None:
+                self._reference = verify.reference_perplexity(self.model, tokens, window)
+            value = verify.engine_perplexity(engine, tokens, window)
+            change = value / self._reference - 1
+            stage.note = f"{value:.3f} against {self._reference:.3f} in fp32 ({change:+.2%}) over {len(tokens)} tokens of {path.name}"
+        if not math.isfinite(value):
+            raise UnsupportedModel(f"variant {variant.name!r} gives no finite probabilities; try another precision")
+        return Perplexity(path.name, len(tokens), value, self._reference)
+
+    def _encode(self, text: str) -> list[int]:
+        ids = [token for token in self.text.tokenizer.encode(text).ids if token < self.vocab]
+        return ids or [0]
+
+
+def _attention(seen: decoder.Survey) -> Literal["fused", "explicit", "mixed"]:
+    fused = sum(layer.fused for layer in seen.layers)
+    return "fused" if fused == len(seen.layers) else "mixed" if fused else "explicit"
+
+
+def _text_files(folder: Path) -> list[str]:
+    return [name for name in (bundle.TOKENIZER, bundle.TEMPLATE) if (folder / name).exists()]
+
+
+@contextmanager
+def _workshop(engines: Path, name: str) -> Iterator[Path]:
+    """A folder beside the bundle-to-be, which is gone afterwards whatever happens."""
+    folder = engines / f".{name}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(engines).free >> 20
+            raise ExportError(
+                f"the disk that holds {engines} is full ({free} MiB free): {error.strerror}; free some space or give "
+                "another folder with --engines. Nothing was published"
+            ) from error
+        raise ExportError(f"{engines} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kept(old: Path, workshop: Path, origin: bundle.Source, built: set[str]) -> tuple[Variant, ...]:
+    """The older bundle's other variants, their files linked into the new one."""
+    try:
+        previous = bundle.read(old)
+    except bundle.BundleError:
+        return ()
+    if previous.source.sha256 is None or previous.source.sha256 != origin.sha256:
+        return ()
+    kept = tuple(variant for variant in previous.variants if variant.name not in built)
+    for file in (file for variant in kept for file in variant.files):
+        target = workshop / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(old / file.path, target)
+    return kept
+
+
+def _replace(folder: Path, workshop: Path) -> None:
+    """Put `workshop` in the place of `folder`; a rename, so that a reader sees the old bundle or the new one."""
+    retired = workshop.with_name(workshop.name + ".old")
+    if folder.exists():
+        folder.rename(retired)
+    try:
+        workshop.rename(folder)
+    except OSError:
+        if retired.exists():
+            retired.rename(folder)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)

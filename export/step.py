@@ -1,0 +1,119 @@
+"""A model's forward pass as one step: new tokens in, logits of chosen rows and updated KV slots out."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from export.attention import NAME, speaking_to
+from export.cache import Layer, SlotCache, Step
+from export.errors import UnsupportedModel
+
+
+@dataclass
+class Survey:
+    """What one eager pass showed of a model."""
+
+    layers: list[Layer]
+    tables: dict[int, int] = field(default_factory=dict)
+    """Position tables by `id(weight)`: embeddings that were indexed by position plus this offset."""
+
+
+class StepModule(torch.nn.Module):
+    """`model` as the step contract wants it; see docs/bundle.md for the contract's inputs and outputs."""
+
+    def __init__(self, model: PreTrainedModel, survey: Survey) -> None:
+        super().__init__()
+        self.model = model
+        self.survey = survey
+        parameters = inspect.signature(model.forward).parameters
+        self.accepts_positions = "position_ids" in parameters
+        self.accepts_mask = "attention_mask" in parameters
+        self.output_embeddings = _output_embeddings(model)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        kv_lengths: torch.Tensor,
+        kv_range: torch.Tensor,
+        logit_rows: torch.Tensor,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        layers = self.survey.layers
+        cache = SlotCache(
+            Step(position_ids, kv_lengths, kv_range),
+            {layer.index: key for layer, key in zip(layers, keys, strict=True)},
+            {layer.index: value for layer, value in zip(layers, values, strict=True)},
+            {layer.index: layer for layer in layers},
+        )
+        logits = self.run(input_ids, cache, logit_rows)
+        return (
+            logits,
+            *(cache.keys[layer.index] for layer in layers),
+            *(cache.values[layer.index] for layer in layers),
+        )
+
+    def run(self, input_ids: torch.Tensor, cache: SlotCache, logit_rows: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, vocab] float32 of the hidden states at `logit_rows`, which index the flattened [batch * seq]."""
+        step = cache.step
+        inputs: dict[str, Any] = {"input_ids": input_ids, "past_key_values": cache, "use_cache": True}
+        if self.accepts_positions:
+            inputs["position_ids"] = step.position_ids
+        if self.accepts_mask:
+            inputs["attention_mask"] = (step.kv_range[None] < step.kv_lengths[:, None]).long()
+
+        def pick_rows(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            hidden = args[0]
+            return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, logit_rows)[None], *args[1:])
+
+        handle = self.output_embeddings.register_forward_pre_hook(pick_rows)
+        try:
+            with speaking_to(cache), _positions_from(step.position_ids, self.survey.tables):
+                output = self.model(**inputs)
+        finally:
+            handle.remove()
+        return output.logits[0].float()
+
+
+def _output_embeddings(model: PreTrainedModel) -> torch.nn.Module:
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Module):
+        raise UnsupportedModel(f"{type(model).__name__} has no output embeddings, so it gives no next-token logits")
+    return head
+
+
+@contextmanager
+def _positions_from(position_ids: torch.Tensor, tables: dict[int, int]) -> Iterator[None]:
+    """Index position tables by each row's own positions, also in models that count them from the cache's length."""
+    if not tables:
+        yield
+        return
+    original = torch.nn.functional.embedding
+
+    def embedding(input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        offset = tables.get(id(weight))
+        return original(input if offset is None else position_ids + offset, weight, *args, **kwargs)
+
+    torch.nn.functional.embedding = embedding
+    try:
+        yield
+    finally:
+        torch.nn.functional.embedding = original
+
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Point `model` at the engine's attention and at experts that can be traced; returns the same model, in eval mode."""
+    model.eval()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation_internal"):
+            config._attn_implementation_internal = NAME
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("batched_mm")
+    return model

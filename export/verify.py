@@ -1,0 +1,134 @@
+"""The proof before a bundle is published: its engine's greedy tokens against transformers', and its perplexity."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from runtime.engine import Batch, Draw, Engine, Int64
+
+TOKENS = 24
+"""Greedy tokens a prompt."""
+CHUNK = 16
+"""Prompt tokens a step: small, so that every prompt but the shortest is prefilled in several."""
+TIE = 1e-4
+"""Two logits closer than this share of the row's spread are a tie, which rounding decides."""
+WINDOW = 1024
+"""Tokens that perplexity conditions on at the most: the text is read in windows of this length."""
+
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "Once upon a time, in a village by the sea, there lived an old fisherman who had never seen a mountain. One morning",
+    "1, 2, 3, 4, 5, 6, 7,",
+    "Q: What is the difference between a list and a tuple in Python?\nA:",
+    "Licensed under the Apache License, Version 2.0 (the \"License\"); you may not use this file except in compliance with "
+    "the License. You may obtain a copy of the License at",
+)
+"""Continued by both; of varied lengths, so that the batch is ragged."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How an engine's tokens compare with the reference's, each judged after the engine's own past."""
+
+    compared: int
+    equal: int
+    ties: int
+    first: str
+    """Where the first real difference is, in words; empty without one."""
+
+    @property
+    def different(self) -> int:
+        """Tokens that are neither the reference's nor tied with it."""
+        return self.compared - self.equal - self.ties
+
+
+def continue_prompts(engine: Engine, prompts: list[list[int]], count: int = TOKENS, chunk: int = CHUNK) -> list[list[int]]:
+    """`count` greedy tokens after each prompt: prefilled one by one in chunks, then decoded together as a ragged batch."""
+    answers = []
+    for slot, prompt in enumerate(prompts):
+        tokens: Int64 = np.zeros(0, np.int64)
+        for start in range(0, len(prompt), chunk):
+            part = prompt[start : start + chunk]
+            end = start + len(part)
+            rows = np.array([len(part) - 1] if end == len(prompt) else [], np.int64)
+            batch = Batch(slot, np.array([part], np.int64), np.array([end], np.int32), rows, Draw.greedy(len(rows)))
+            tokens, _ = engine.step(batch)
+        answers.append([int(tokens[0])])
+    rows = np.arange(len(prompts), dtype=np.int64)
+    for step in range(1, count):
+        lengths = np.array([len(prompt) + step for prompt in prompts], np.int32)
+        last = np.array([[answer[-1]] for answer in answers], np.int64)
+        tokens, _ = engine.step(Batch(0, last, lengths, rows, Draw.greedy(len(prompts))))
+        for answer, token in zip(answers, tokens.tolist(), strict=True):
+            answer.append(token)
+    return answers
+
+
+@torch.no_grad()
+def compare(model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]]) -> Agreement:
+    """Judge each token of `answers` by one plain forward pass of `model` over the prompt and the answer before it."""
+    compared = equal = ties = 0
+    first = ""
+    with plain_attention(model):
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            tokens = torch.tensor([prompt + answer[:-1]])
+            logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 :].float()
+            chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+            best, where = logits.max(-1)
+            gap = (best - chosen) / (best - logits.min(-1).values).clamp(min=1e-30)
+            same = where == torch.tensor(answer)
+            tied = ~same & (gap < TIE)
+            compared, equal, ties = compared + len(answer), equal + int(same.sum()), ties + int(tied.sum())
+            wrong = torch.nonzero(~same & ~tied)
+            if len(wrong) and not first:
+                at = int(wrong[0])
+                first = f"prompt {number}, token {at}: {answer[at]} where transformers has {int(where[at])}"
+    return Agreement(compared, equal, ties, first)
+
+
+def engine_perplexity(engine: Engine, tokens: list[int], window: int = WINDOW, chunk: int = 128) -> float:
+    """exp of the mean negative log-probability of `tokens` through the engine, each after those before it in its window."""
+    total, count = 0.0, 0
+    window = min(window, engine.context)
+    for start in range(0, len(tokens), window):
+        part = np.array(tokens[start : start + window], np.int64)
+        for at in range(0, len(part), chunk):
+            ids = part[at : at + chunk]
+            targets = part[at + 1 : at + 1 + chunk]
+            end = np.array([at + len(ids)], np.int32)
+            _, logprobs = engine.step(Batch(0, ids[None], end, np.arange(len(targets), dtype=np.int64), Draw.force(targets)))
+            total, count = total - float(logprobs.sum()), count + len(targets)
+    return math.exp(total / count)
+
+
+@torch.no_grad()
+def reference_perplexity(model: PreTrainedModel, tokens: list[int], window: int = WINDOW) -> float:
+    """The same through `model`."""
+    total, count = 0.0, 0
+    with plain_attention(model):
+        for start in range(0, len(tokens), window):
+            part = torch.tensor([tokens[start : start + window]])
+            logits = model(input_ids=part, use_cache=False).logits[0, :-1].float()
+            total += float(torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="sum"))
+            count += part.shape[1] - 1
+    return math.exp(total / count)
+
+
+@contextmanager
+def plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """While this lasts, `model` attends as transformers wrote it, even after it was prepared for tracing."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    saved = {key: config._attn_implementation_internal for key, config in configs.items() if hasattr(config, "_attn_implementation_internal")}
+    try:
+        for key in saved:
+            configs[key]._attn_implementation_internal = "eager"
+        yield
+    finally:
+        for key, implementation in saved.items():
+            configs[key]._attn_implementation_internal = implementation

@@ -1,0 +1,48 @@
+"""One request on its way through the engine."""
+
+from dataclasses import dataclass, field
+
+from runtime.messages import Finish, Generate
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt, the tokens that answer it so far, and how much of both the engine has seen."""
+
+    owner: bytes
+    """The front end that asked; with `request.id` it names the sequence."""
+    request: Generate
+    slot: int = -1
+    computed: int = 0
+    """Tokens whose keys and values stand in the slot."""
+    tokens: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+    message: str = ""
+
+    def __post_init__(self) -> None:
+        self.stop_ids = frozenset(self.request.stop_ids)
+
+    @property
+    def key(self) -> tuple[bytes, str]:
+        """What names the sequence in this worker."""
+        return self.owner, self.request.id
+
+    @property
+    def length(self) -> int:
+        """Prompt and answer together."""
+        return len(self.request.prompt) + len(self.tokens)
+
+    @property
+    def prompt_left(self) -> int:
+        """Prompt tokens that are not computed yet."""
+        return max(0, len(self.request.prompt) - self.computed)
+
+    def accept(self, token: int, context: int) -> bool:
+        """Take the engine's next token; sets `finish` when it was the last. False when the token ends the answer unseen."""
+        if token in self.stop_ids:
+            self.finish = "stop"
+            return False
+        self.tokens.append(token)
+        if len(self.tokens) >= self.request.max_tokens or self.length >= context:
+            self.finish = "length"
+        return True

@@ -1,0 +1,164 @@
+"""The worker process: one engine, its loop, and a socket. `python -m runtime.worker --help`."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import zmq
+
+from runtime import messages, ort
+from runtime.bundle import BundleError, read
+from runtime.engine import EngineError
+from runtime.loop import PREFILL_BUDGET, Loop, News
+from runtime.messages import Attach, Cancel, Generate, Heartbeat, Progress, Ready
+
+log = logging.getLogger("engineshed.worker")
+
+BAD_BUNDLE = 2
+"""Exit status when the engine cannot be loaded at all; starting again would not help."""
+_OUTBOX = 10_000
+"""Messages that may wait for a front end; one that is further behind is taken for gone."""
+
+
+class Worker:
+    """Serves `loop` to the front ends that attach to a ROUTER socket bound at `address`."""
+
+    def __init__(self, loop: Loop, ready: Ready, address: str) -> None:
+        self._loop, self._ready = loop, ready
+        self._fronts: set[bytes] = set()
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a front end that is gone fails instead of vanishing
+        self._socket.setsockopt(zmq.SNDHWM, _OUTBOX)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._heartbeat_due = 0.0
+
+    def run(self, parent: int | None = None) -> None:
+        """Serve until the pipe `parent` is closed by the process at its other end (never, where None)."""
+        if parent is not None:
+            self._poller.register(parent, zmq.POLLIN)
+        while True:
+            events = dict(self._poller.poll(0 if self._loop.busy else int(messages.HEARTBEAT_SECONDS * 1000)))
+            if parent is not None and parent in events and not os.read(parent, 1024):
+                return
+            if self._socket in events:
+                self._receive()
+            if self._loop.busy:
+                self._publish(self._loop.step())
+            else:
+                self._loop.slots.check()
+            if time.monotonic() >= self._heartbeat_due:
+                self._beat()
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                owner, frame = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            except ValueError:
+                log.warning("ignored a message of a wrong number of frames")
+                continue
+            try:
+                request = messages.decode_request(frame)
+            except ValueError as error:
+                log.warning("ignored a message that is none of the protocol: %s", error)
+                continue
+            self._handle(owner, request)
+
+    def _handle(self, owner: bytes, request: messages.Request) -> None:
+        match request:
+            case Attach():
+                self._fronts.add(owner)
+                self._send(owner, self._ready)
+            case Generate():
+                refused = self._loop.submit(owner, request)
+                if refused is not None:
+                    self._send(owner, refused)
+            case Cancel():
+                news = self._loop.cancel(owner, request.id)
+                if news is not None:
+                    self._publish([news])
+
+    def _publish(self, news: list[News]) -> None:
+        """One message for each front end, with all its rows."""
+        rows: dict[bytes, list[messages.Row]] = {}
+        for item in news:
+            rows.setdefault(item.owner, []).append(item.row)
+        for owner, its in rows.items():
+            self._send(owner, Progress(its))
+
+    def _send(self, owner: bytes, reply: messages.Reply) -> None:
+        try:
+            self._socket.send_multipart([owner, messages.encode(reply)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            log.warning("front end %s is gone (%s); its requests are cancelled", owner.hex()[:8], error)
+            self._fronts.discard(owner)
+            self._loop.cancel_all(owner)
+
+    def _beat(self) -> None:
+        self._heartbeat_due = time.monotonic() + messages.HEARTBEAT_SECONDS
+        counters = self._loop.counters
+        beat = Heartbeat(
+            running=self._loop.running,
+            waiting=self._loop.waiting,
+            kv_tokens=self._loop.kv_tokens,
+            steps=counters.steps,
+            prompt_tokens=counters.prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+            step_seconds=counters.step_seconds,
+        )
+        for owner in list(self._fronts):
+            self._send(owner, beat)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="runtime.worker", description="Run one engine and serve it on a ZeroMQ socket.")
+    parser.add_argument("--bundle", type=Path, required=True, help="folder of the engine bundle")
+    parser.add_argument("--variant", help="variant to run, as cpu-int4 (default: the smallest for the cpu)")
+    parser.add_argument("--slots", type=int, default=8, help="requests that decode at the same time (default 8)")
+    parser.add_argument("--context", type=int, help="tokens a slot holds (default: what the model was made for)")
+    parser.add_argument("--queue", type=int, default=64, help="requests that may wait for a slot (default 64)")
+    parser.add_argument("--prefill-budget", type=int, default=PREFILL_BUDGET, help="prompt tokens between two decode steps")
+    parser.add_argument("--threads", type=int, default=0, help="threads of the engine (default: all cores)")
+    parser.add_argument("--socket", required=True, help="ZeroMQ address to bind, as ipc:///run/engine.sock")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    return parser.parse_args()
+
+
+def main() -> int:
+    """The process: load, bind, serve until the parent's pipe closes. Exit status 2 when the engine cannot be loaded."""
+    arguments = _arguments()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        manifest = read(arguments.bundle)
+        variant = manifest.variant(arguments.variant)
+        engine = ort.load(
+            arguments.bundle, variant.name, slots=arguments.slots, context=arguments.context, threads=arguments.threads
+        )
+    except (BundleError, EngineError) as error:
+        print(f"engineshed: {error}", file=sys.stderr)
+        return BAD_BUNDLE
+    ready = Ready(
+        model=manifest.name,
+        variant=variant.name,
+        slots=engine.slots,
+        context=engine.context,
+        queue=arguments.queue,
+        vocab_size=engine.vocab_size,
+        pid=os.getpid(),
+    )
+    loop = Loop(engine, queue=arguments.queue, prefill_budget=arguments.prefill_budget)
+    Worker(loop, ready, arguments.socket).run(parent=sys.stdin.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""The bodies that OpenAI's clients expect as answers, whole and in chunks."""
+
+import itertools
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from runtime.text import Text
+from server.generation import FinishReason, Piece, Usage
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """One chosen token of a chat answer."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[None] = []
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    """The chosen tokens of a chat answer."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+    @classmethod
+    def of(cls, piece: Piece, text: Text) -> "ChatLogprobs":
+        """Those of `piece`."""
+        return cls(
+            [
+                TokenLogprob(text.token_text(token), logprob, list(text.token_bytes(token)))
+                for token, logprob in zip(piece.tokens, piece.logprobs, strict=True)
+            ]
+        )
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True):
+    """The chosen tokens of a completion."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: None
+    text_offset: list[int]
+    """Where each token begins, in characters from the answer's start."""
+
+    @classmethod
+    def of(cls, piece: Piece, text: Text, offset: int) -> "CompletionLogprobs":
+        """Those of `piece`, which begins `offset` characters into the answer."""
+        tokens = [text.token_text(token) for token in piece.tokens]
+        starts = itertools.accumulate(map(len, tokens[:-1]), initial=offset)
+        return cls(tokens, piece.logprobs, None, list(starts) if tokens else [])
+
+
+class AssistantMessage(msgspec.Struct, frozen=True):
+    """The answer of a chat."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a chunk adds to the answer of a chat."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    """The one answer of a whole chat completion."""
+
+    message: AssistantMessage
+    finish_reason: FinishReason | None
+    logprobs: ChatLogprobs | None
+    index: int = 0
+
+
+class ChatDelta(msgspec.Struct, frozen=True):
+    """The one answer's part in a chunk."""
+
+    delta: Delta
+    finish_reason: FinishReason | None = None
+    logprobs: ChatLogprobs | None = None
+    index: int = 0
+
+
+class CompletionChoice(msgspec.Struct, frozen=True):
+    """The one answer of a completion, or its part in a chunk."""
+
+    text: str
+    finish_reason: FinishReason | None = None
+    logprobs: CompletionLogprobs | None = None
+    index: int = 0
+
+
+class Envelope(msgspec.Struct, frozen=True, kw_only=True):
+    """What every answer of the two generating routes says of itself."""
+
+    id: str
+    created: int
+    """Seconds since the epoch."""
+    model: str
+    system_fingerprint: str
+    """Changes with the engine."""
+    usage: Usage | UnsetType | None = UNSET
+    """Null in a stream's chunks before the last, if it was asked for."""
+
+
+class ChatCompletion(Envelope, frozen=True, kw_only=True):
+    """A whole chat completion."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+
+
+class ChatChunk(Envelope, frozen=True, kw_only=True):
+    """One event of a streamed chat completion."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatDelta]
+
+
+class Completion(Envelope, frozen=True, kw_only=True):
+    """A whole completion, or one event of a streamed one."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that can be asked for."""
+
+    id: str
+    created: int
+    max_model_len: int
+    """Tokens of prompt and answer together."""
+    object: Literal["model"] = "model"
+    owned_by: str = "engineshed"
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    """The models that can be asked for."""
+
+    data: list[Model]
+    object: Literal["list"] = "list"

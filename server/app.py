@@ -1,0 +1,106 @@
+"""The HTTP application: its routes, and how every request is counted and every error told."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from server import generate, openai
+from server.bodies import MAX_BODY
+from server.errors import ApiError
+from server.metrics import CONTENT_TYPE
+from server.service import ARRIVED, SERVICE, STATUS, Service
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+CLIENT_GONE = 499
+"""nginx's status for a client that went away before its answer."""
+
+
+def build(service: Service) -> web.Application:
+    """The application that serves `service`."""
+    app = web.Application(middlewares=[_count, _tell_errors], client_max_size=MAX_BODY)
+    app[SERVICE] = service
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", openai.chat_completions),
+            web.post("/v1/completions", openai.completions),
+            web.post("/v1/generate", generate.generate),
+            web.get("/v1/models", openai.models),
+            web.get("/v1/models/{id:.+}", openai.model),
+            web.get("/healthz", health),
+            web.get("/readyz", readiness),
+            web.get("/metrics", metrics),
+        ]
+    )
+    return app
+
+
+def runner(app: web.Application) -> web.AppRunner:
+    """What runs the application: a client that goes away cancels its handler, and with it its place in the engine."""
+    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+
+
+async def health(request: web.Request) -> web.Response:
+    """Say that this process lives."""
+    return web.json_response({"status": "ok"})
+
+
+async def readiness(request: web.Request) -> web.Response:
+    """Say whether requests are taken."""
+    request.app[SERVICE].check_ready()
+    return web.json_response({"status": "ready"})
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """Give Prometheus its numbers."""
+    return web.Response(body=request.app[SERVICE].metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+
+@web.middleware
+async def _count(request: web.Request, handler: Handler) -> web.StreamResponse:
+    request[ARRIVED] = time.perf_counter()
+    status = 500
+    try:
+        response = await handler(request)
+        status = request.get(STATUS, response.status)
+        return response
+    except (asyncio.CancelledError, ConnectionError):
+        status = CLIENT_GONE
+        raise
+    finally:
+        resource = request.match_info.route.resource
+        route = resource.canonical if resource is not None else "unknown"
+        request.app[SERVICE].metrics.requests.labels(route, status).inc()
+
+
+@web.middleware
+async def _tell_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except ApiError as error:
+        return error.response()
+    except web.HTTPException as error:
+        return _from_http(request, error).response()
+    except (ConnectionError, asyncio.CancelledError):
+        raise
+    except Exception:
+        log.exception("%s %s failed", request.method, request.path)
+        return ApiError(500, "The server failed on this request.", code="internal_error").response()
+
+
+def _from_http(request: web.Request, error: web.HTTPException) -> ApiError:
+    match error:
+        case web.HTTPNotFound():
+            return ApiError(404, f"There is no {request.path} here; see /v1/models.", code="unknown_url")
+        case web.HTTPMethodNotAllowed():
+            allowed = ", ".join(sorted(error.allowed_methods))
+            message = f"{request.path} takes {allowed}, not {request.method}."
+            return ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed})
+        case web.HTTPRequestEntityTooLarge():
+            return ApiError(413, f"The body is larger than {MAX_BODY} bytes.", code="body_too_large")
+        case _:
+            return ApiError(error.status, error.reason)

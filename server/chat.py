@@ -1,0 +1,172 @@
+"""`engineshed chat`: a conversation in the terminal, with a server that runs."""
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+import aiohttp
+import msgspec
+from rich.console import Console
+from yarl import URL
+
+from server.answers import ChatChunk, ModelList
+from server.errors import ErrorBody
+
+HELP = "/clear forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
+
+
+class ChatError(Exception):
+    """The server did not answer; the message is for the person at the terminal."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    parser.description = f"Chat with a running server: {HELP}."
+    parser.add_argument("--url", type=URL, default=URL("http://127.0.0.1:8000"), help="the server (default: %(default)s)")
+    parser.add_argument("--model", help="model to ask for (default: the server's first)")
+    parser.add_argument("--system", help="system prompt")
+    parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token (default: the server's)")
+    parser.add_argument("--max-tokens", type=int, help="most tokens of one answer (default: what the context has room for)")
+    parser.add_argument("--seed", type=int, help="the same seed and conversation give the same answer (default: random)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Talk until the person leaves; gives the exit code."""
+    console = Console(highlight=False, soft_wrap=True)
+    errors = Console(highlight=False, soft_wrap=True, stderr=True)
+    try:
+        model = args.model or asyncio.run(_first_model(args.url))
+    except ChatError as error:
+        errors.print(f"engineshed chat: {error}", markup=False)
+        return 1
+    with suppress(ImportError):
+        import readline  # noqa: F401  gives input() its line editing and history
+    wishes = {"temperature": args.temperature, "max_tokens": args.max_tokens, "seed": args.seed}
+    conversation = Conversation(args.url, model, args.system, {name: wish for name, wish in wishes.items() if wish is not None})
+    console.print(f"[bold]{model}[/bold] at {args.url}. {HELP}.")
+    while (line := _read(console)) is not None:
+        match line.strip():
+            case "":
+                pass
+            case "/exit" | "/quit":
+                break
+            case "/clear":
+                conversation.clear()
+                console.print("The conversation is forgotten.", style="dim")
+            case command if command.startswith("/"):
+                console.print(f"There is no {command.split()[0]}: {HELP}.", style="dim", markup=False)
+            case text:
+                _answer(console, conversation, text)
+    return 0
+
+
+class Conversation:
+    """What has been said, and the server that says the next thing."""
+
+    def __init__(self, url: URL, model: str, system: str | None, wishes: dict[str, Any]) -> None:
+        self._url = url / "v1/chat/completions"
+        self._fixed = {"model": model, "stream": True, "stream_options": {"include_usage": True}, **wishes}
+        self._system = [{"role": "system", "content": system}] if system is not None else []
+        self._turns: list[dict[str, str]] = []
+        self.tokens = 0
+        """Of the last answer, as far as the server said."""
+
+    def clear(self) -> None:
+        """Forget all but the system prompt."""
+        self._turns = []
+
+    async def say(self, text: str) -> AsyncIterator[str]:
+        """The answer to `text`, piece by piece; raises ChatError. Left early, what has come of it stays said."""
+        asked = [*self._turns, {"role": "user", "content": text}]
+        answer = ""
+        self.tokens = 0
+        body = {**self._fixed, "messages": [*self._system, *asked]}
+        try:
+            async for chunk in _chunks(self._url, body):
+                if chunk.usage:
+                    self.tokens = chunk.usage.completion_tokens
+                for choice in chunk.choices:
+                    if choice.delta.content:
+                        answer += choice.delta.content
+                        yield choice.delta.content
+        finally:
+            if answer:
+                self._turns = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _read(console: Console) -> str | None:
+    """A line from the person, "" after Ctrl-C, or None at the end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except KeyboardInterrupt:
+        console.print()
+        return ""
+    except EOFError:
+        return None
+
+
+def _answer(console: Console, conversation: Conversation, text: str) -> None:
+    async def show() -> None:
+        async for piece in conversation.say(text):
+            console.print(piece, end="", markup=False)
+
+    begin = time.perf_counter()
+    try:
+        asyncio.run(show())
+    except KeyboardInterrupt:
+        console.print("\n(stopped)", style="dim")
+        return
+    except ChatError as error:
+        console.print(f"\n{error}", style="red", markup=False)
+        return
+    seconds = time.perf_counter() - begin
+    console.print(f"\n{conversation.tokens} tokens in {seconds:.1f} s", style="dim")
+
+
+async def _first_model(url: URL) -> str:
+    try:
+        async with aiohttp.ClientSession() as session, session.get(url / "v1/models") as response:
+            body = await response.read()
+            if response.status != 200:
+                raise ChatError(f"{url} answered with status {response.status}; is it an engineshed server?")
+            return msgspec.json.decode(body, type=ModelList).data[0].id
+    except msgspec.DecodeError:
+        raise ChatError(f"{url} does not list its models; is it an engineshed server?") from None
+    except aiohttp.ClientError:
+        raise ChatError(_unreachable(url)) from None
+
+
+async def _chunks(url: URL, body: dict[str, Any]) -> AsyncIterator[ChatChunk]:
+    """The events of a streamed chat completion."""
+    timeout = aiohttp.ClientTimeout(total=None)
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.post(url, json=body) as response:
+            if response.status != 200:
+                raise ChatError(_message(await response.read()))
+            failed = False
+            async for line in response.content:
+                failed = failed or line.startswith(b"event: error")
+                data = line.removeprefix(b"data: ").strip() if line.startswith(b"data: ") else b""
+                if failed and data:
+                    raise ChatError(_message(data))
+                if data and data != b"[DONE]":
+                    yield msgspec.json.decode(data, type=ChatChunk)
+    except aiohttp.ClientConnectorError:
+        raise ChatError(_unreachable(url.origin())) from None
+    except aiohttp.ClientError as error:
+        raise ChatError(f"The connection broke: {error}") from None
+
+
+def _message(body: bytes) -> str:
+    try:
+        return msgspec.json.decode(body, type=ErrorBody).error.message
+    except msgspec.DecodeError:
+        return f"The server answered with: {body[:200].decode(errors='replace')}"
+
+
+def _unreachable(url: URL) -> str:
+    return f"no server answers at {url}; start one with: engineshed serve"

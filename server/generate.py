@@ -1,0 +1,82 @@
+"""`POST /v1/generate`: this server's own route, as plain as HTTP allows. Text comes in chunks, or as JSON lines."""
+
+import msgspec
+from aiohttp import web
+
+from server.bodies import GenerateBody, read
+from server.errors import ApiError
+from server.generation import FinishReason, Generation, Piece, Usage
+from server.service import SERVICE
+from server.streaming import Form, send
+
+NDJSON = "application/x-ndjson"
+
+
+class Line(msgspec.Struct, frozen=True):
+    """A JSON line: one piece of the answer."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class LastLine(msgspec.Struct, frozen=True):
+    """The last JSON line of a complete answer."""
+
+    finish_reason: FinishReason | None
+    usage: Usage
+
+
+class PlainText:
+    """The text and nothing else."""
+
+    content_type = "text/plain; charset=utf-8"
+
+    def begin(self) -> bytes:
+        """Nothing."""
+        return b""
+
+    def piece(self, piece: Piece) -> bytes:
+        """The text."""
+        return piece.text.encode()
+
+    def end(self, generation: Generation) -> bytes:
+        """Nothing."""
+        return b""
+
+    def error(self, error: ApiError) -> None:
+        """Plain text has no way to say it: the connection breaks off."""
+        return
+
+
+class JsonLines:
+    """One JSON object a line."""
+
+    content_type = NDJSON
+
+    def begin(self) -> bytes:
+        """Nothing."""
+        return b""
+
+    def piece(self, piece: Piece) -> bytes:
+        """A `Line`."""
+        return msgspec.json.encode(Line(piece.text, piece.tokens, piece.logprobs)) + b"\n"
+
+    def end(self, generation: Generation) -> bytes:
+        """A `LastLine`."""
+        return msgspec.json.encode(LastLine(generation.finish_reason, generation.usage)) + b"\n"
+
+    def error(self, error: ApiError) -> bytes:
+        """An error object in OpenAI's shape."""
+        return error.encode() + b"\n"
+
+
+async def generate(request: web.Request) -> web.StreamResponse:
+    """Continue a prompt."""
+    service = request.app[SERVICE]
+    body = await read(request, GenerateBody)
+    service.check_model(body.model)
+    prompt = await service.tokenize(body.prompt)
+    form: Form = JsonLines() if NDJSON in request.headers.get("Accept", "") else PlainText()
+    with service.generate(request, body, prompt, of="prompt") as generation:
+        return await send(request, generation, form)

@@ -1,0 +1,197 @@
+"""OpenAI's routes: chat completions, completions, models."""
+
+import secrets
+import time
+from typing import TypedDict
+
+import msgspec
+from aiohttp import web
+from msgspec import UNSET
+
+from server.answers import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Delta,
+    Model,
+    ModelList,
+)
+from server.bodies import ChatBody, CompletionBody, OpenAIBody, read
+from server.errors import ApiError, bad_request
+from server.generation import Generation, Piece
+from server.service import SERVICE, Service
+from server.streaming import send
+
+DONE = b"data: [DONE]\n\n"
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    """Answer a chat, whole or as server-sent events."""
+    service = request.app[SERVICE]
+    body = await read(request, ChatBody)
+    service.check_model(body.model)
+    prompt = await service.tokenize_chat(body.messages)
+    with service.generate(request, body, prompt, of="messages") as generation:
+        if body.stream:
+            return await send(request, generation, ChatStream(service, body))
+        piece = await generation.whole()
+        choice = ChatChoice(
+            AssistantMessage(piece.text),
+            generation.finish_reason,
+            ChatLogprobs.of(piece, service.text) if body.logprobs else None,
+        )
+        return _json(ChatCompletion(**_head(service, "chatcmpl"), choices=[choice], usage=generation.usage))
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    """Continue a prompt, whole or as server-sent events."""
+    service = request.app[SERVICE]
+    body = await read(request, CompletionBody)
+    service.check_model(body.model)
+    prompt = await _prompt(service, body.prompt)
+    with service.generate(request, body, prompt, of="prompt") as generation:
+        if body.stream:
+            return await send(request, generation, CompletionStream(service, body))
+        piece = await generation.whole()
+        choice = CompletionChoice(
+            piece.text,
+            generation.finish_reason,
+            None if body.logprobs is None else CompletionLogprobs.of(piece, service.text, 0),
+        )
+        return _json(Completion(**_head(service, "cmpl"), choices=[choice], usage=generation.usage))
+
+
+async def models(request: web.Request) -> web.Response:
+    """List the models."""
+    return _json(ModelList(data=[_model(request.app[SERVICE])]))
+
+
+async def model(request: web.Request) -> web.Response:
+    """Describe one model."""
+    service = request.app[SERVICE]
+    service.check_model(request.match_info["id"])
+    return _json(_model(service))
+
+
+class _Events:
+    """What both streams share: server-sent events, the last of which is `[DONE]`."""
+
+    content_type = "text/event-stream; charset=utf-8"
+
+    def __init__(self, service: Service, body: OpenAIBody, head: "_Head") -> None:
+        self.text = service.text
+        self.head = head
+        self.include_usage = body.include_usage
+        self.no_usage = None if body.include_usage else UNSET
+        """What the chunks before the last say of the usage."""
+
+    def error(self, error: ApiError) -> bytes:
+        """An `error` event."""
+        return b"event: error\ndata: " + error.encode() + b"\n\n"
+
+
+class ChatStream(_Events):
+    """A chat's answer in chunks."""
+
+    def __init__(self, service: Service, body: ChatBody) -> None:
+        super().__init__(service, body, _head(service, "chatcmpl"))
+        self._logprobs = body.logprobs
+
+    def begin(self) -> bytes:
+        """The role."""
+        return self._chunk(ChatDelta(Delta(role="assistant", content="")))
+
+    def piece(self, piece: Piece) -> bytes:
+        """The text, and its tokens if they are wanted."""
+        if self._logprobs:
+            return self._chunk(ChatDelta(Delta(content=piece.text), logprobs=ChatLogprobs.of(piece, self.text)))
+        return self._chunk(ChatDelta(Delta(content=piece.text))) if piece.text else b""
+
+    def end(self, generation: Generation) -> bytes:
+        """The finish reason, the usage if it is wanted, and `[DONE]`."""
+        last = self._chunk(ChatDelta(Delta(), finish_reason=generation.finish_reason))
+        if self.include_usage:
+            last += _event(ChatChunk(**self.head, choices=[], usage=generation.usage))
+        return last + DONE
+
+    def _chunk(self, choice: ChatDelta) -> bytes:
+        return _event(ChatChunk(**self.head, choices=[choice], usage=self.no_usage))
+
+
+class CompletionStream(_Events):
+    """A completion in chunks."""
+
+    def __init__(self, service: Service, body: CompletionBody) -> None:
+        super().__init__(service, body, _head(service, "cmpl"))
+        self._logprobs = body.logprobs is not None
+        self._offset = 0
+
+    def begin(self) -> bytes:
+        """Nothing."""
+        return b""
+
+    def piece(self, piece: Piece) -> bytes:
+        """The text, and its tokens if they are wanted."""
+        offset, self._offset = self._offset, self._offset + len(piece.text)
+        if self._logprobs:
+            return self._chunk(CompletionChoice(piece.text, logprobs=CompletionLogprobs.of(piece, self.text, offset)))
+        return self._chunk(CompletionChoice(piece.text)) if piece.text else b""
+
+    def end(self, generation: Generation) -> bytes:
+        """The finish reason, the usage if it is wanted, and `[DONE]`."""
+        last = self._chunk(CompletionChoice("", finish_reason=generation.finish_reason))
+        if self.include_usage:
+            last += _event(Completion(**self.head, choices=[], usage=generation.usage))
+        return last + DONE
+
+    def _chunk(self, choice: CompletionChoice) -> bytes:
+        return _event(Completion(**self.head, choices=[choice], usage=self.no_usage))
+
+
+class _Head(TypedDict):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+def _head(service: Service, prefix: str) -> _Head:
+    return _Head(
+        id=f"{prefix}-{secrets.token_hex(12)}",
+        created=int(time.time()),
+        model=service.bundle.name,
+        system_fingerprint=service.fingerprint,
+    )
+
+
+def _model(service: Service) -> Model:
+    return Model(id=service.bundle.name, created=service.bundle.created, max_model_len=service.context)
+
+
+async def _prompt(service: Service, prompt: str | list[str | int]) -> list[int]:
+    """The tokens of a completion's prompt, which may be text, one text in a list, or tokens."""
+    if isinstance(prompt, str):
+        return await service.tokenize(prompt)
+    tokens = [token for token in prompt if isinstance(token, int)]
+    if len(tokens) == len(prompt):
+        service.check_tokens(tokens)
+        return tokens
+    if len(prompt) == 1 and isinstance(prompt[0], str):
+        return await service.tokenize(prompt[0])
+    if tokens:
+        raise bad_request("The value of 'prompt' mixes texts and tokens; send one text, or a list of token ids.", "prompt")
+    raise bad_request(f"The value of 'prompt' has {len(prompt)} texts; send one a request.", "prompt")
+
+
+def _event(body: msgspec.Struct) -> bytes:
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+def _json(body: msgspec.Struct) -> web.Response:
+    return web.Response(body=msgspec.json.encode(body), content_type="application/json")

@@ -1,0 +1,142 @@
+"""What the routes share: the model that is served, its text, and the way to its engine."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from runtime.bundle import Bundle, Variant
+from runtime.messages import Ready
+from runtime.text import Text, TextError
+from server.bodies import GenerationBody, Message
+from server.engine_client import EngineClient, EngineSource
+from server.errors import ApiError, bad_request, unavailable
+from server.generation import Generation, Job, sampling
+from server.metrics import Metrics
+
+LONG_TEXT = 10_000
+"""Characters from which text is tokenized in a thread, so that the streams do not wait for it."""
+
+
+@dataclass
+class Service:
+    """One model behind one engine."""
+
+    bundle: Bundle
+    variant: Variant
+    text: Text
+    engine: EngineSource
+    metrics: Metrics = field(init=False)
+    draining: bool = False
+    """Set when the server stops: what runs goes on, nothing new is taken."""
+
+    def __post_init__(self) -> None:
+        """Begin to count."""
+        self.metrics = Metrics(self.engine)
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's system_fingerprint: changes with the engine's model file."""
+        model = next(file for file in self.variant.files if file.path == self.variant.model)
+        return f"fp_{model.sha256[:10]}"
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together: the engine's, or as long as there is none the model's own."""
+        client = self.engine.client
+        return client.ready.context if client is not None and client.ready is not None else self.bundle.max_length
+
+    def check_ready(self) -> None:
+        """Raise ApiError 503 while no request can be taken."""
+        self._connection()
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError 404 unless `name` is the model that is served, or None."""
+        if name is not None and name != self.bundle.name:
+            raise ApiError(
+                404,
+                f"The model {name!r} does not exist; this server has {self.bundle.name!r}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_tokens(self, tokens: list[int]) -> None:
+        """Raise ApiError 400 if one of a prompt's `tokens` is not in the vocabulary."""
+        for token in tokens:
+            if not 0 <= token < self.bundle.vocab_size:
+                raise bad_request(f"The prompt's token {token} is not between 0 and {self.bundle.vocab_size - 1}.", "prompt")
+
+    async def tokenize(self, prompt: str) -> list[int]:
+        """The tokens of a text prompt; raises ApiError 400."""
+        try:
+            if len(prompt) > LONG_TEXT:
+                return await asyncio.to_thread(self.text.encode, prompt)
+            return self.text.encode(prompt)
+        except TextError as error:
+            raise bad_request(str(error), "prompt") from None
+
+    async def tokenize_chat(self, messages: list[Message]) -> list[int]:
+        """The tokens of a chat in the model's own template, up to where its answer begins; raises ApiError 400."""
+        turns = [{"role": "system" if turn.role == "developer" else turn.role, "content": turn.text} for turn in messages]
+        try:
+            if sum(len(turn["content"]) for turn in turns) > LONG_TEXT:
+                return await asyncio.to_thread(self.text.chat, turns)
+            return self.text.chat(turns)
+        except TextError as error:
+            raise bad_request(str(error), "messages") from None
+
+    @contextmanager
+    def generate(self, request: web.Request, body: GenerationBody, prompt: list[int], *, of: str) -> Iterator[Generation]:
+        """Ask the engine to continue `prompt`, the tokens of the body's field `of`; leaving the context frees its slot.
+
+        Raises ApiError: 400 if the prompt is empty, or has no room in the context together with max_tokens; 503.
+        """
+        client, ready = self._connection()
+        job = Job(
+            prompt,
+            _room(ready, body, prompt, of),
+            sampling(body),
+            list(self.bundle.stop_ids),
+            request[ARRIVED],
+        )
+        with client.generate(job.prompt, job.max_tokens, job.sampling, job.stop_ids) as answer:
+            yield Generation(job, answer, self.text.stream(body.stops), self.metrics)
+
+    def _connection(self) -> tuple[EngineClient, Ready]:
+        if self.draining:
+            raise unavailable("The server is shutting down.")
+        client = self.engine.client
+        if client is None or client.ready is None:
+            raise unavailable("The engine is not ready: it is loading or being restarted. Try again in a moment.")
+        return client, client.ready
+
+
+SERVICE = web.AppKey("service", Service)
+ARRIVED = web.RequestKey("arrived", float)
+STATUS = web.RequestKey("status", int)
+"""The status that a stream would have had, had its error come before its first byte."""
+
+
+def _room(ready: Ready, body: GenerationBody, prompt: list[int], of: str) -> int:
+    """The most tokens that the answer may have."""
+    context, length = ready.context, len(prompt)
+    name, wanted = body.limit
+    if not prompt:
+        raise bad_request("The prompt is empty; there is nothing to continue.", of)
+    if length >= context:
+        raise bad_request(
+            f"The prompt has {length} tokens; with at least one for the answer that is more than the {context} "
+            "tokens of the context. Shorten the prompt.",
+            of,
+            "context_length_exceeded",
+        )
+    if wanted is not None and length + wanted > context:
+        raise bad_request(
+            f"The prompt has {length} tokens and {name} is {wanted}: together {length + wanted}, more than the "
+            f"{context} tokens of the context. Ask for at most {context - length}, or leave {name} out.",
+            name,
+            "context_length_exceeded",
+        )
+    return context - length if wanted is None else wanted

@@ -1,0 +1,308 @@
+"""The real server over the real engine, asked by real clients."""
+
+import asyncio
+import itertools
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+from tests.e2e.conftest import MODEL, ROOT, Server, serving
+
+FRANCE: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
+RUNNING = "engineshed_requests_running"
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def post(server: Server, path: str, body: Any) -> Any:
+    async def ask() -> Any:
+        content = {"data": body} if isinstance(body, bytes) else {"json": body}
+        async with aiohttp.ClientSession() as http, http.post(server.url + path, **content) as response:
+            return response.status, await response.json()
+
+    return asyncio.run(ask())
+
+
+def test_the_openai_client_streams_a_chat(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model=MODEL, messages=FRANCE, temperature=0, max_tokens=40)
+    assert "Paris" in (whole.choices[0].message.content or "")
+    stream = client.chat.completions.create(
+        model=MODEL, messages=FRANCE, temperature=0, max_tokens=40, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert sum(map(bool, texts)) > 3
+    assert "".join(texts) == whole.choices[0].message.content
+    assert chunks[-1].usage is not None
+    assert whole.usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason == "stop"
+
+
+async def test_the_async_openai_client_streams_several_chats_at_once(server: Server) -> None:
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+    async def chat() -> str:
+        stream = await client.chat.completions.create(model=MODEL, messages=FRANCE, temperature=0, max_tokens=20, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    answers = await asyncio.gather(*(chat() for _ in range(4)))
+    assert all("Paris" in answer for answer in answers)
+
+
+def test_the_openai_client_completes_with_stop_strings_logprobs_and_exact_usage(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL, prompt="The capital of France is", temperature=0, max_tokens=8, logprobs=0)
+    assert "Paris" in answer.choices[0].text
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 8
+    assert answer.choices[0].logprobs is not None
+    assert answer.choices[0].logprobs.token_logprobs is not None
+    assert len(answer.choices[0].logprobs.token_logprobs) == 8
+    assert all(logprob <= 0 for logprob in answer.choices[0].logprobs.token_logprobs)
+    stopped = client.completions.create(
+        model=MODEL, prompt="The capital of France is", temperature=0, max_tokens=8, stop="aris"
+    )
+    assert stopped.choices[0].text == answer.choices[0].text.split("aris")[0]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_a_seed_repeats_its_answer_and_another_gives_another(client: openai.OpenAI) -> None:
+    def sample(seed: int) -> str:
+        return client.completions.create(model=MODEL, prompt="Once", max_tokens=24, seed=seed).choices[0].text
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(4)}) > 1
+
+
+def test_the_openai_client_understands_the_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="gpt-9", messages=FRANCE)
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as wrong:
+        client.chat.completions.create(model=MODEL, messages=FRANCE, temperature=9)
+    assert wrong.value.param == "temperature"
+    assert [model.id for model in client.models.list()] == [MODEL]
+
+
+def test_curl_gets_the_text_in_chunks_one_after_another(server: Server) -> None:
+    body = json.dumps({"prompt": "Once upon a time", "max_tokens": 48, "seed": 1})
+    command = ["curl", "-sN", f"{server.url}/v1/generate", "-d", body]
+    arrivals = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as curl:
+        assert curl.stdout is not None
+        while data := os.read(curl.stdout.fileno(), 65536):
+            arrivals.append((time.monotonic(), data))
+    assert curl.returncode == 0
+    assert len(arrivals) > 10
+    spread = arrivals[-1][0] - arrivals[0][0]
+    assert spread > 0.05, "the text came all at once"
+    assert arrivals[len(arrivals) // 2][0] - arrivals[0][0] < 0.9 * spread, "the text came in the end"
+    assert b"".join(data for _, data in arrivals).decode().strip()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_goes_away_frees_its_slot(server: Server, stream: bool) -> None:
+    server.wait(RUNNING, 0)
+    body = {"model": MODEL, "prompt": "Count to a million: 1, 2, 3,", "max_tokens": 3000, "stream": stream, "temperature": 0}
+    async with aiohttp.ClientSession() as http:
+        asking = asyncio.ensure_future(http.post(f"{server.url}/v1/completions", json=body))
+        await asyncio.to_thread(server.wait, RUNNING, 1)
+        if stream:
+            (await asking).close()
+        else:
+            asking.cancel()
+        begin = time.monotonic()
+        await asyncio.to_thread(server.wait, RUNNING, 0, 3)
+        assert time.monotonic() - begin < 3
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/v1/completions", b"{", 400, None),
+        ("/v1/completions", rb'{"prompt": "\ud800"}', 400, None),
+        ("/v1/completions", b"[" * 100_000, 400, None),
+        ("/v1/completions", b'"' + b"x" * 5_000_000 + b'"', 413, None),
+        ("/v1/completions", {"prompt": ""}, 400, "prompt"),
+        ("/v1/completions", {"prompt": "hello " * 10_000}, 400, "prompt"),
+        ("/v1/completions", {"prompt": [10**9]}, 400, "prompt"),
+        ("/v1/completions", {"prompt": "hi", "max_tokens": 0}, 400, "max_tokens"),
+        ("/v1/completions", {"prompt": "hi", "max_tokens": 10**12}, 400, "max_tokens"),
+        ("/v1/completions", {"prompt": "hi", "stop": [""]}, 400, "stop[0]"),
+        ("/v1/chat/completions", {"messages": []}, 400, "messages"),
+        ("/v1/chat/completions", {"messages": FRANCE, "model": "other"}, 404, "model"),
+        ("/v1/completions", {"prompt": "\0", "max_tokens": 1}, 200, None),
+        (
+            "/v1/completions",
+            {"prompt": "hi", "max_tokens": 1, "temperature": 2, "top_k": 2**31 - 1, "seed": -(2**63)},
+            200,
+            None,
+        ),
+    ],
+)
+def test_whatever_is_sent_gets_an_answer_and_the_server_lives(
+    server: Server, path: str, body: Any, status: int, param: str | None
+) -> None:
+    got, answer = post(server, path, body)
+    assert got == status, answer
+    assert status == 200 or answer["error"]["param"] == param
+    assert post(server, "/v1/completions", {"prompt": "The sky is", "max_tokens": 2})[0] == 200
+
+
+def test_a_long_prompt_that_is_tokenized_does_not_freeze_a_running_stream(server: Server) -> None:
+    async def gaps() -> list[float]:
+        async with aiohttp.ClientSession(server.url) as http:
+            body = {"prompt": "Once upon a time", "max_tokens": 100, "seed": 1}
+            async with http.post("/v1/generate", json=body) as response:
+                asking, times = None, []
+                async for _ in response.content.iter_any():
+                    times.append(time.monotonic())
+                    if len(times) == 5:
+                        asking = asyncio.ensure_future(http.post("/v1/generate", json={"prompt": "many words " * 150_000}))
+            assert asking is not None
+            assert (await asking).status == 400
+        return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+    assert max(asyncio.run(gaps())) < 0.5
+
+
+class Terminal:
+    """`engineshed chat` at a terminal of its own."""
+
+    def __init__(self, *options: str) -> None:
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "engineshed.py", "chat", *options],
+            cwd=ROOT,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=_own_terminal,
+            env={**os.environ, "TERM": "dumb", "COLUMNS": "200"},
+        )
+        os.close(slave)
+        os.set_blocking(self.master, False)
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def until(self, pattern: str, seconds: float = 30) -> str:
+        """What appears, up to and with the pattern."""
+        shown, deadline = "", time.monotonic() + seconds
+        while not re.search(pattern, shown):
+            assert time.monotonic() < deadline, f"no {pattern!r} in {shown!r}"
+            try:
+                shown += os.read(self.master, 4096).decode(errors="replace")
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:
+                raise AssertionError(f"the chat ended without {pattern!r}: {shown!r}") from None
+        return shown
+
+
+def _own_terminal() -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_chat_streams_remembers_and_forgets(server: Server) -> None:
+    terminal = Terminal(f"--url={server.url}", "--temperature=0", "--max-tokens=40")
+    terminal.until("> ")
+    terminal.type("What is the capital of France?\n")
+    assert "Paris" in terminal.until(r"\d+ tokens in .*\n")
+    terminal.type("/clear\n")
+    terminal.until("forgotten")
+    terminal.type("/exit\n")
+    assert terminal.process.wait(10) == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(server: Server) -> None:
+    server.wait(RUNNING, 0)
+    terminal = Terminal(f"--url={server.url}", "--seed=1")
+    terminal.until("> ")
+    terminal.type("Write a very long story about a ship and its crew of a hundred people.\n")
+    server.wait(RUNNING, 1)
+    terminal.type("\x03")
+    terminal.until("stopped")
+    server.wait(RUNNING, 0, 3)
+    terminal.type("Hello!\n")
+    terminal.until(r"\d+ tokens in .*\n")
+    terminal.type("\x04")
+    assert terminal.process.wait(10) == 0
+
+
+def test_chat_without_a_server_says_how_to_start_one() -> None:
+    terminal = Terminal("--url=http://127.0.0.1:9")
+    assert "engineshed serve" in terminal.until("engineshed serve")
+    assert terminal.process.wait(10) == 1
+
+
+def test_a_full_queue_refuses_and_a_stopping_server_lets_an_answer_finish() -> None:
+    with serving("--slots=1", "--queue=0", "--context=512") as small:
+
+        async def ask() -> None:
+            async with aiohttp.ClientSession(small.url) as http:
+                body = {"prompt": "Once upon a time", "max_tokens": 60, "seed": 1}
+                async with http.post("/v1/generate", json=body, headers={"Accept": "application/x-ndjson"}) as running:
+                    async with http.post("/v1/generate", json=body) as refused:
+                        assert refused.status == 429
+                        assert "Retry-After" in refused.headers
+                    small.process.send_signal(signal.SIGTERM)
+                    last = (await running.text()).splitlines()[-1]
+                    assert json.loads(last)["usage"]["completion_tokens"] == 60
+
+        asyncio.run(ask())
+        assert small.process.wait(15) == 0
+
+
+def engine_process(server: Server) -> int:
+    pid = server.process.pid
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
+
+
+def test_an_engine_process_that_is_killed_is_replaced() -> None:
+    with serving("--slots=1", "--context=512") as small:
+        os.kill(engine_process(small), signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        while small.get("/readyz")[0] != 503:
+            assert time.monotonic() < deadline
+        small.wait_ready()
+        assert small.metric("engineshed_worker_restarts_total") == 1
+        assert post(small, "/v1/completions", {"prompt": "The sky is", "max_tokens": 2})[0] == 200
+        replacement = engine_process(small)
+    assert not Path(f"/proc/{replacement}").exists()
+
+
+def test_a_server_without_its_bundle_or_its_port_says_so(server: Server) -> None:
+    def serve(*options: str) -> tuple[int, str]:
+        command = [sys.executable, "engineshed.py", "serve", *options]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        return ended.returncode, ended.stderr
+
+    code, said = serve("--model=nothing")
+    assert code == 1
+    assert "'nothing'" in said
+    code, said = serve(f"--model={MODEL}", f"--port={server.url.rpartition(':')[2]}")
+    assert code == 1
+    assert "--port" in said
+    assert "Traceback" not in said

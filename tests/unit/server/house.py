@@ -1,0 +1,53 @@
+"""The real HTTP application on a real port, for a test to talk to."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from runtime.bundle import Bundle
+from runtime.messages import Generate
+from runtime.text import Text
+from server import app
+from server.engine_client import EngineSource
+from server.service import Service
+from tests.unit.server.scripted import Attached, ScriptedWorker
+
+
+@dataclass
+class House:
+    """A server with a scripted worker, and a client of it."""
+
+    worker: ScriptedWorker
+    engine: Attached
+    service: Service
+    http: aiohttp.ClientSession
+
+    async def open(
+        self, path: str, body: dict[str, Any], first: str, headers: dict[str, str] | None = None
+    ) -> tuple[aiohttp.ClientResponse, Generate]:
+        """A stream whose first text is `first`, and the request that the worker goes on answering."""
+        asking = asyncio.ensure_future(self.http.post(path, json=body, headers=headers))
+        request = await self.worker.next(Generate)
+        await self.worker.say(request, first)
+        return await asyncio.wait_for(asking, 5), request
+
+
+@asynccontextmanager
+async def serving(service: Service) -> AsyncIterator[aiohttp.ClientSession]:
+    """The real application on a real port, and a client for it."""
+    runner = app.runner(app.build(service))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0]
+    async with aiohttp.ClientSession(f"http://{host}:{port}", timeout=aiohttp.ClientTimeout(20)) as http:
+        yield http
+    await runner.cleanup()
+
+
+def service_for(bundle: Bundle, text: Text, engine: EngineSource) -> Service:
+    return Service(bundle, bundle.variants[0], text, engine)

@@ -1,0 +1,189 @@
+"""What is refused, with which status, and which field is named."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from runtime.messages import Generate
+from server.bodies import MAX_BODY
+from tests.unit.server.house import House
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+GENERATE = "/v1/generate"
+TURN = {"role": "user", "content": "hi"}
+
+
+async def refused(house: House, path: str, body: Any, method: str = "POST") -> tuple[int, dict[str, Any], Any]:
+    """Status, error and headers of the answer to `body`, which is sent as it is if it is bytes."""
+    content = {"data": body} if isinstance(body, bytes) else {"json": body}
+    async with house.http.request(method, path, **content) as response:
+        answer = await response.json()
+        assert set(answer) == {"error"}
+        assert set(answer["error"]) == {"message", "type", "param", "code"}
+        return response.status, answer["error"], response.headers
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {}, "messages"),
+        (CHAT, {"messages": []}, "messages"),
+        (CHAT, {"messages": "hi"}, "messages"),
+        (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
+        (CHAT, {"messages": [{"role": "king", "content": "hi"}]}, "messages[0].role"),
+        (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        (CHAT, {"messages": [TURN], "top_logprobs": 3, "logprobs": True}, "top_logprobs"),
+        (CHAT, {"messages": [TURN], "max_completion_tokens": 0}, "max_completion_tokens"),
+        (CHAT, {"messages": [TURN], "max_completion_tokens": 1000}, "max_completion_tokens"),
+        (CHAT, {"messages": [TURN], "tools": [{"type": "function"}]}, "tools"),
+        (CHAT, {"messages": [TURN], "response_format": {"type": "json_object"}}, "response_format.type"),
+        (COMPLETIONS, {}, "prompt"),
+        (COMPLETIONS, {"prompt": ""}, "prompt"),
+        (COMPLETIONS, {"prompt": []}, "prompt"),
+        (COMPLETIONS, {"prompt": ["a", "b"]}, "prompt"),
+        (COMPLETIONS, {"prompt": ["a", 1]}, "prompt"),
+        (COMPLETIONS, {"prompt": [[1]]}, "prompt[0]"),
+        (COMPLETIONS, {"prompt": [256]}, "prompt"),
+        (COMPLETIONS, {"prompt": [-1]}, "prompt"),
+        (COMPLETIONS, {"prompt": "x" * 64}, "prompt"),
+        (COMPLETIONS, {"prompt": "hi", "max_tokens": 0}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "hi", "max_tokens": -1}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "hi", "max_tokens": 63}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "hi", "max_tokens": 10**30}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "hi", "max_tokens": "9"}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "hi", "max_tokens": 1.5}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "hi", "max_tokens": True}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "hi", "temperature": -0.1}, "temperature"),
+        (COMPLETIONS, {"prompt": "hi", "temperature": 2.1}, "temperature"),
+        (COMPLETIONS, {"prompt": "hi", "temperature": "warm"}, "temperature"),
+        (COMPLETIONS, {"prompt": "hi", "top_p": 0}, "top_p"),
+        (COMPLETIONS, {"prompt": "hi", "top_p": 1.1}, "top_p"),
+        (COMPLETIONS, {"prompt": "hi", "top_k": -1}, "top_k"),
+        (COMPLETIONS, {"prompt": "hi", "min_p": 2}, "min_p"),
+        (COMPLETIONS, {"prompt": "hi", "seed": 2**63}, "seed"),
+        (COMPLETIONS, {"prompt": "hi", "stop": ""}, "stop"),
+        (COMPLETIONS, {"prompt": "hi", "stop": ["a", ""]}, "stop[1]"),
+        (COMPLETIONS, {"prompt": "hi", "stop": ["a"] * 17}, "stop"),
+        (COMPLETIONS, {"prompt": "hi", "stream": "yes"}, "stream"),
+        (COMPLETIONS, {"prompt": "hi", "stream_options": {"include_usage": True}}, "stream_options"),
+        (COMPLETIONS, {"prompt": "hi", "n": 2}, "n"),
+        (COMPLETIONS, {"prompt": "hi", "n": 0}, "n"),
+        (COMPLETIONS, {"prompt": "hi", "best_of": 2}, "best_of"),
+        (COMPLETIONS, {"prompt": "hi", "logprobs": 2}, "logprobs"),
+        (COMPLETIONS, {"prompt": "hi", "logprobs": True}, "logprobs"),
+        (COMPLETIONS, {"prompt": "hi", "echo": True}, "echo"),
+        (COMPLETIONS, {"prompt": "hi", "frequency_penalty": 0.5}, "frequency_penalty"),
+        (COMPLETIONS, {"prompt": "hi", "model": 7}, "model"),
+        (GENERATE, {}, "prompt"),
+        (GENERATE, {"prompt": ["hi"]}, "prompt"),
+        (GENERATE, {"prompt": ""}, "prompt"),
+        (GENERATE, {"prompt": "hi", "max_tokens": 0}, "max_tokens"),
+    ],
+)
+async def test_an_impossible_value_is_refused_by_name(house: House, path: str, body: Any, param: str) -> None:
+    status, error, _ = await refused(house, path, body)
+    assert (status, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert param in error["message"] or "prompt" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"n": 1}, {"frequency_penalty": 0}, {"best_of": 1}, {"echo": False}, {"logit_bias": {}}, {"user": "me"}, {"stop": []}],
+)
+async def test_a_value_that_changes_nothing_is_taken(house: House, field: dict[str, Any]) -> None:
+    asking = asyncio.ensure_future(house.http.post(COMPLETIONS, json={"prompt": "hi", **field}))
+    await house.worker.say(await house.worker.next(Generate), "!", "stop")
+    assert (await asking).status == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "not valid JSON"),
+        (b'{"prompt": "hi"', "not valid JSON"),
+        (b'{"prompt": "hi"} and more', "not valid JSON"),
+        (b'{"prompt": "hi", "temperature": NaN}', "not valid JSON"),
+        (b"[]", "Expected `object`"),
+        (b'{"prompt": "\xff"}', "not UTF-8"),
+        (rb'{"prompt": "\ud800"}', "lone surrogate"),
+        (rb'{"prompt": "\ud800 and more text"}', "lone surrogate"),
+        (rb'{"prompt": "\udc00 and more text"}', "lone surrogate"),
+        (b'{"prompt": "hi", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+    ],
+)
+async def test_a_body_that_is_no_json_object_is_refused_with_the_reason(house: House, body: bytes, says: str) -> None:
+    status, error, _ = await refused(house, COMPLETIONS, body)
+    assert status == 400
+    assert says in error["message"]
+
+
+async def test_a_prompt_that_leaves_no_room_is_told_with_the_arithmetic(house: House) -> None:
+    _, error, _ = await refused(house, COMPLETIONS, {"prompt": "hello", "max_tokens": 60})
+    assert error["code"] == "context_length_exceeded"
+    assert "5 tokens" in error["message"]
+    assert "together 65" in error["message"]
+    assert "at most 59" in error["message"]
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, GENERATE])
+async def test_an_unknown_model_is_not_found(house: House, path: str) -> None:
+    body = {"prompt": "hi", "messages": [TURN], "model": "gpt-9"}
+    status, error, _ = await refused(house, path, body)
+    assert (status, error["param"], error["code"]) == (404, "model", "model_not_found")
+    assert "'tiny'" in error["message"]
+
+
+async def test_a_body_over_the_limit_is_refused_with_413(house: House) -> None:
+    status, error, _ = await refused(house, COMPLETIONS, b'{"prompt": "' + b"x" * MAX_BODY + b'"}')
+    assert (status, error["code"]) == (413, "body_too_large")
+
+
+async def test_a_large_body_under_the_limit_is_read_and_its_prompt_refused(house: House) -> None:
+    status, error, _ = await refused(house, COMPLETIONS, {"prompt": "x" * 1_000_000})
+    assert (status, error["code"]) == (400, "context_length_exceeded")
+    assert "1000000 tokens" in error["message"]
+
+
+async def test_a_full_queue_is_429_with_the_time_to_retry(house: House) -> None:
+    asking = asyncio.create_task(refused(house, CHAT, {"messages": [TURN], "stream": True}))
+    await house.worker.refuse(await house.worker.next(Generate))
+    status, error, headers = await asking
+    assert (status, error["type"], error["code"]) == (429, "rate_limit_error", "queue_full")
+    assert int(headers["Retry-After"]) >= 1
+
+
+async def test_without_an_engine_requests_and_readiness_are_503(house: House) -> None:
+    house.engine.client = None
+    for path, method in [(CHAT, "POST"), ("/readyz", "GET")]:
+        status, error, headers = await refused(house, path, {"messages": [TURN]}, method)
+        assert (status, error["type"], error["code"]) == (503, "server_error", "engine_unavailable")
+        assert "Retry-After" in headers
+    async with house.http.get("/healthz") as response:
+        assert response.status == 200
+
+
+async def test_a_server_that_stops_takes_nothing_new(house: House) -> None:
+    house.service.draining = True
+    status, error, _ = await refused(house, CHAT, {"messages": [TURN]})
+    assert status == 503
+    assert "shutting down" in error["message"]
+
+
+async def test_an_unknown_route_is_404_and_a_wrong_method_405(house: House) -> None:
+    status, error, _ = await refused(house, "/v1/nothing", {})
+    assert (status, error["code"]) == (404, "unknown_url")
+    status, error, headers = await refused(house, CHAT, {}, "DELETE")
+    assert (status, error["code"], headers["Allow"]) == (405, "method_not_allowed", "POST")
+
+
+async def test_a_fault_of_the_server_itself_is_500_and_tells_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(text: str) -> list[int]:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(house.service.text, "encode", broken)
+    status, error, _ = await refused(house, COMPLETIONS, {"prompt": "hi"})
+    assert (status, error["code"]) == (500, "internal_error")
+    assert "secret" not in error["message"]
