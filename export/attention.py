@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from export.cache import WHOLE, Layer, SlotCache
+from export.errors import UnsupportedModel
 
 NAME = "engineshed"
 """The `attn_implementation` under which attention and masks are registered with transformers."""
@@ -72,7 +73,17 @@ def _attention(
         cache.windows[layer] = cache.window_of(attention_mask) if fusable else None
     if attention_mask is None and getattr(module, "is_causal", True):
         attention_mask = cache.causal(query.dtype)
+    if (chosen := kwargs.get("indices")) is not None:
+        attention_mask = _only(chosen, attention_mask)
     return _explicit(query, key, value, attention_mask, bias, scale, softcap, s_aux), None
+
+
+def _only(chosen: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """`mask` [batch, 1, seq, keys] with all keys hidden but those whose indices are in `chosen` [batch, seq, count]."""
+    if mask is None:
+        raise UnsupportedModel("attention to chosen keys comes without a mask, so the number of keys is not known")
+    hidden = torch.full_like(mask[:, 0], torch.finfo(mask.dtype).min).scatter(-1, chosen.long(), 0.0)
+    return torch.minimum(mask, hidden[:, None])
 
 
 def _fused(
@@ -134,7 +145,7 @@ def _explicit(
         weights = torch.softmax(torch.cat([scores, sink], dim=-1).float(), dim=-1)[..., :-1].to(value.dtype)
     else:
         weights = torch.softmax(scores.float(), dim=-1).to(value.dtype)
-    return torch.matmul(weights, value).transpose(1, 2)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous()  # models view it
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)

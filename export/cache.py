@@ -19,6 +19,9 @@ LATER_DOMAIN = "onnx24"
 WHOLE = -1
 """The window of a layer that sees its whole past (GroupQueryAttention's `local_window_size` uses the same value)."""
 
+INDEXERS = 1000
+"""Added to a layer's index to number the slot of its indexer's keys."""
+
 _PROBES = (0, 1, 2, 3, 5, 8, 13, 34, 100, 255, 1000, 4095, 20_000, 200_000)
 """Query positions at which a mask is sampled to learn its shape; windows up to 200,000 positions are seen."""
 
@@ -52,6 +55,16 @@ class Step:
     """[longest] int64: 0, 1, ... up to the longest of `kv_lengths`; its shape carries the length that masks need."""
 
 
+class _NoLayers(list[Any]):
+    """What stands for the list of a cache's layer objects: there are none, and a model that reaches for one is refused."""
+
+    def __getitem__(self, index: Any) -> Any:
+        raise UnsupportedModel(
+            "the model reaches into its cache's layer objects, for a state of their own kind beside keys and values; the step "
+            "contract holds keys and values only"
+        )
+
+
 @dataclass
 class SlotCache(Cache):
     """The graph's KV inputs; what the layers write becomes the graph's KV outputs.
@@ -65,7 +78,7 @@ class SlotCache(Cache):
     plan: dict[int, Layer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        super().__init__(layers=[])
+        super().__init__(layers=_NoLayers())
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._masks: list[tuple[torch.Tensor, int | None]] = []
         self.windows: dict[int, int | None] = {}
@@ -90,6 +103,11 @@ class SlotCache(Cache):
         self.written[layer_idx] = (new_key[:, :, :longest], new_value[:, :, :longest])
         return self.written[layer_idx]
 
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Keys [batch, seq, dim] by which a layer selects what it attends to; they lie halved in a slot of their own."""
+        halves = indexer_key_states[:, None].chunk(2, dim=-1)
+        return torch.cat(self.update(*halves, INDEXERS + layer_idx), dim=-1)[:, 0]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before this step in the longest row. Models that want a row's own positions get `position_ids`."""
         return self.step.kv_range.shape[0] - self.step.position_ids.shape[1]
@@ -113,7 +131,7 @@ class SlotCache(Cache):
         )
 
     update_conv_state = update_recurrent_state = get_conv_state = get_recurrent_state = _recurrent
-    update_indexer = has_previous_state = _recurrent
+    has_previous_state = _recurrent
 
     def __len__(self) -> int:
         return len(self.plan) or len(self.keys)

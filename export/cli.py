@@ -6,9 +6,16 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 from rich.status import Status
+
+from export import recipe
+from export.errors import ExportError
+from export.recipe import Build, Recipe
+from runtime import bundle
+from runtime.bundle import Target
 
 DEFAULT_RECIPE = Path("engines/smollm2-135m-instruct.toml")
 DEFAULT_TEXT = Path("tests/data/perplexity.txt")
@@ -39,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", nargs="?", metavar="MODEL", help="hub id, folder or GGUF file (default: build a recipe)")
     parser.add_argument("--recipe", type=Path, help=f"TOML file that says what to build (default {DEFAULT_RECIPE})")
-    parser.add_argument("--target", default=None, help="what the engine runs on (default cpu)")
+    parser.add_argument("--target", choices=get_args(Target), default="cpu", help="what the engine runs on (default cpu)")
     parser.add_argument(
         "--precision", nargs="+", choices=PRECISIONS, help="weights, one variant each (default: the recipe's, or int4)"
     )
@@ -55,24 +62,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Export; 0 when the bundle is published, 1 with a sentence on stderr when not."""
     _quiet()
-    from export import recipe as recipes
-    from export.errors import ExportError
-
     console = Console(stderr=True, highlight=False)
     try:
-        recipe = _recipe(arguments, recipes)
-        if arguments.if_missing and _whole(arguments.engines / recipe.name, [build.name for build in recipe.variants]):
+        wanted = _recipe(arguments)
+        if arguments.if_missing and _whole(arguments.engines / wanted.name, [build.name for build in wanted.variants]):
             return 0
-        console.print(f"Exporting [bold]{recipe.name}[/] ({', '.join(build.name for build in recipe.variants)})")
+        console.print(f"Exporting [bold]{wanted.name}[/] ({', '.join(build.name for build in wanted.variants)})")
         from export.pipeline import Export  # torch and transformers take seconds to import
 
         text = arguments.text or (DEFAULT_TEXT if DEFAULT_TEXT.exists() else None)
         export = Export(arguments.engines, arguments.cache, Report(console), verify=not arguments.no_verify, text=text)
-        folder = export.run(recipe)
+        folder = export.run(wanted)
     except ExportError as error:
         print(f"engineshed: {error}", file=sys.stderr)
         return 1
-    console.print(f"[bold green]{folder}[/] is ready in {sum(export.seconds.values()):.0f} s. Serve it with: engineshed serve --model {recipe.name}")
+    seconds = sum(export.seconds.values())
+    console.print(f"[bold green]{folder}[/] is ready in {seconds:.0f} s. Serve it with: engineshed serve --model {wanted.name}")
     return 0
 
 
@@ -95,19 +100,16 @@ class Report:
         self._console.print(f"  {stage:<24} {seconds:>6.1f} s   {note}")
 
 
-def _recipe(arguments: argparse.Namespace, recipes):  # type: ignore[no-untyped-def]
-    builds = tuple(recipes.Build(arguments.target or "cpu", precision) for precision in arguments.precision or ())
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    target: Target = arguments.target
+    builds = tuple(Build(target, precision) for precision in arguments.precision or ())
     if arguments.model is not None:
-        return recipes.of(arguments.model, arguments.name, arguments.revision, builds or (recipes.Build(arguments.target or "cpu"),))
-    recipe = recipes.read(arguments.recipe or DEFAULT_RECIPE)
-    return recipes.checked(
-        recipes.Recipe(arguments.name or recipe.name, recipe.model, builds or recipe.variants)
-    )
+        return recipe.of(arguments.model, arguments.name, arguments.revision, builds or (Build(target),))
+    read = recipe.read(arguments.recipe or DEFAULT_RECIPE)
+    return recipe.checked(Recipe(arguments.name or read.name, read.model, builds or read.variants))
 
 
 def _whole(folder: Path, variants: list[str]) -> bool:
-    from runtime import bundle
-
     try:
         manifest = bundle.read(folder)
     except bundle.BundleError:

@@ -25,7 +25,6 @@ def tidy(model: ir.Model) -> None:
     common.CommonSubexpressionEliminationPass(size_limit=64)(model)
     common.RemoveUnusedNodesPass()(model)
     _drop_unused_inputs(model.graph)
-    common.RemoveUnusedFunctionsPass()(model)
     for node in model.graph.all_nodes():
         if node.domain == LATER_DOMAIN:
             node.domain = ""
@@ -57,7 +56,8 @@ def write(model: ir.Model, folder: Path) -> None:
                 file.write(b"\0" * (-file.tell() % _ALIGNMENT))
                 offsets[digest] = file.tell()
                 file.write(data)
+            shape, name = ir.Shape(tensor.numpy().shape), value.name or ""
             value.const_value = ir.ExternalTensor(
-                WEIGHTS, offsets[digest], len(data), tensor.dtype, shape=tensor.shape, name=value.name or "", base_dir=folder
+                WEIGHTS, offsets[digest], len(data), tensor.dtype, shape=shape, name=name, base_dir=folder
             )
     (folder / MODEL).write_bytes(ir.serde.serialize_model(model).SerializeToString())

@@ -27,6 +27,7 @@ UNKNOWN_LENGTH = 2048
 """Positions of a model whose configuration names no limit (ALiBi models, mostly)."""
 LEAST_AGREEMENT = 0.5
 """Share of greedy tokens below which a quantized variant is taken for broken rather than for coarse."""
+BITS = {"int8": 8, "int4": 4}
 _BUILDERS = ("torch", "transformers", "optimum", "onnxscript", "onnx-ir")
 
 
@@ -131,7 +132,7 @@ class _Job:
     text: tokenizer.TextSide
 
     def __post_init__(self) -> None:
-        self.vocab = self.model.get_output_embeddings().weight.shape[0]
+        self.vocab = int(self.model.get_output_embeddings().weight.shape[0])
         config = self.model.config.get_text_config(decoder=True)
         self.max_length = int(getattr(config, "max_position_embeddings", None) or UNKNOWN_LENGTH)
         self._reference: float | None = None
@@ -145,8 +146,10 @@ class _Job:
             compiled = self.traced.clone()
             note = ""
             if build.precision != "fp32":
-                report = quantize.quantize(compiled, 4 if build.precision == "int4" else 8, self.vocab)
-                note = f", {report.weights / 1e6:.0f}M weights quantized, {report.carried / max(1, report.blocks):.0%} of their blocks carried over exactly"
+                report = quantize.quantize(compiled, BITS[build.precision], self.vocab)
+                note = (
+                    f", {report.weights / 1e6:.0f}M weights quantized, {report.carried_share:.0%} of their blocks carried over"
+                )
             sampler.append_sampler(compiled, self.vocab)
             graph.tidy(compiled)
             graph.write(compiled, folder)
@@ -215,7 +218,9 @@ class _Job:
                 self._reference = verify.reference_perplexity(self.model, tokens, window)
             value = verify.engine_perplexity(engine, tokens, window)
             change = value / self._reference - 1
-            stage.note = f"{value:.3f} against {self._reference:.3f} in fp32 ({change:+.2%}) over {len(tokens)} tokens of {path.name}"
+            stage.note = (
+                f"{value:.3f} against {self._reference:.3f} in fp32 ({change:+.2%}) over {len(tokens)} tokens of {path.name}"
+            )
         if not math.isfinite(value):
             raise UnsupportedModel(f"variant {variant.name!r} gives no finite probabilities; try another precision")
         return Perplexity(path.name, len(tokens), value, self._reference)

@@ -9,7 +9,8 @@ product of its own, so it is carried along in the same operator:
 with blocksum(x) appended to x and the shift, in 4 bits, to W.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -36,7 +37,11 @@ class Report:
     blocks: int = 0
     carried: int = 0
     """Blocks that lay on a grid already and were carried over."""
-    _seen: set[str] = field(default_factory=set, repr=False)
+
+    @property
+    def carried_share(self) -> float:
+        """`carried` of `blocks`."""
+        return self.carried / max(1, self.blocks)
 
     def count(self, matrix: Grid) -> None:
         """Add one quantized matrix."""
@@ -64,7 +69,6 @@ class _Rewriter:
         self.graph, self.bits, self.vocab = graph, bits, vocab
         self.report = Report()
         self._extended: dict[ir.Value, ir.Value] = {}
-        self._grids: dict[str, Grid] = {}
 
     def visit(self, node: ir.Node) -> None:
         if node.op_type == "Gather" and self._is_embedding(node):
@@ -87,7 +91,7 @@ class _Rewriter:
         table = node.inputs[0]
         if table is None or table.const_value is None or len(table.const_value.shape) != 2:
             return False
-        rows, columns = table.const_value.shape
+        rows, columns = table.const_value.numpy().shape
         axis = node.attributes.get("axis")
         return rows >= self.vocab and columns >= _SMALLEST and (axis is None or axis.as_int() == 0)
 
@@ -121,10 +125,10 @@ class _Rewriter:
             scale = np.concatenate([scale, shift_scale], axis=1)
             zero = np.concatenate([zero, shift_zero], axis=1)
             inner += matrix.scale.shape[1]
-        elif inner != matrix.columns:
+        else:
             inner = matrix.columns
         bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
-        inputs = [x, *self._constants(node, matrix.bits, codes, scale, zero)]
+        inputs: list[ir.Value | None] = [x, *self._constants(node, matrix.bits, codes, scale, zero)]
         if bias is not None:
             inputs += [None, bias]
         attributes = {
@@ -186,18 +190,16 @@ class _Rewriter:
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 
-    def _insert(
-        self, before: ir.Node, op_type: str, inputs: list[ir.Value | None], attributes: dict[str, int]
-    ) -> ir.Value:
+    def _insert(self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], attributes: dict[str, int]) -> ir.Value:
         node = ir.node(op_type, inputs, attributes)
         self.graph.insert_before(before, node)
         return node.outputs[0]
 
-    def _replace(self, node: ir.Node, op_type: str, inputs: list[ir.Value | None], attributes: dict[str, int]) -> None:
+    def _replace(self, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], attributes: dict[str, int]) -> None:
         new = ir.node(op_type, inputs, attributes, domain="com.microsoft", name=node.name)
         self.graph.insert_before(node, new)
         old, out = node.outputs[0], new.outputs[0]

@@ -68,10 +68,12 @@ def read(path: Path) -> Recipe:
 def checked(recipe: Recipe) -> Recipe:
     """`recipe` itself; raises ExportError where it cannot be meant so."""
     if not _NAME.fullmatch(recipe.name):
-        raise ExportError(f"bundle name {recipe.name!r}: use small letters, digits, '.', '_' and '-', beginning with one of the first two")
+        raise ExportError(
+            f"bundle name {recipe.name!r}: use small letters, digits, '.', '_' and '-'; begin with a letter or digit"
+        )
     given = [field for field in ("hub", "path", "wheel") if getattr(recipe.model, field) is not None]
     if len(given) != 1:
-        raise ExportError(f"recipe {recipe.name!r}: [model] takes exactly one of hub, path and wheel, not {' and '.join(given) or 'none'}")
+        raise ExportError(f"recipe {recipe.name!r}: [model] takes exactly one of hub, path and wheel; it has {given or 'none'}")
     if recipe.model.wheel is not None and (recipe.model.file is None or recipe.model.sha256 is None):
         raise ExportError(f"recipe {recipe.name!r}: a model in a wheel needs its file and that file's sha256")
     if not recipe.variants:

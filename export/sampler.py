@@ -5,13 +5,16 @@ inverting the cumulative distribution at a number in [0, 1) that the caller give
 row's draw depends on nothing but its own inputs.
 """
 
+from typing import Any
+
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
-from onnxscript import INT64, FLOAT, opset23 as op, script
+from onnxscript import opset23, script
 from onnxscript.values import Opset
 
 DOMAIN = "engineshed"
 _domain = Opset(DOMAIN, 1)
+op: Any = opset23  # typed, its overloads refuse what the graph's type inference takes
 
 CANDIDATES = 256
 """Most likely tokens that are sorted first; only a row that needs more has its whole vocabulary sorted."""
@@ -94,7 +97,7 @@ def Sample(  # type: ignore[no-untyped-def]
         if op.Equal(op.ReduceMin(op.Cast(needed, to=7), keepdims=0), op.Constant(value_int=1)):
             cut = op.Identity(threshold)
         else:
-            cut, unused = Threshold(weights, top_k, top_p, vocab)
+            cut, _enough = Threshold(weights, top_k, top_p, vocab)
         least = op.Max(cut, op.Unsqueeze(min_p, one))
         kept = op.Where(op.GreaterOrEqual(weights, least), weights, op.Constant(value_floats=[0.0]))
         drawn = Invert(op.Reshape(op.Pad(kept, padding), blocks_shape), uniform)
@@ -145,6 +148,6 @@ def append_sampler(model: ir.Model, vocab: int) -> None:
 
 def _constant(graph: ir.Graph, name: str, value: list[int]) -> ir.Value:
     tensor = ir.tensor(value, dtype=ir.DataType.INT64, name=name)
-    constant = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    constant = ir.Value(name=name, shape=ir.Shape([len(value)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(constant)
     return constant

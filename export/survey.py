@@ -41,8 +41,8 @@ def survey(model: PreTrainedModel) -> Survey:
     name = type(model).__name__
     vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     prompts = probe_tokens(vocab, 2 * PROBE_TOKENS).reshape(2, PROBE_TOKENS)
-    tables: dict[int, int] = {}
-    with _watching_tables(PROBE_TOKENS, tables):
+    tables: dict[str, int] = {}
+    with _watching_tables(model, tables):
         plain = [model(input_ids=prompt[None], use_cache=False).logits[0].float() for prompt in prompts]
     prepare(model)
     positions = torch.arange(PROBE_TOKENS)
@@ -86,14 +86,15 @@ def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @contextmanager
-def _watching_tables(length: int, tables: dict[int, int]) -> Iterator[None]:
+def _watching_tables(model: PreTrainedModel, tables: dict[str, int]) -> Iterator[None]:
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     original = torch.nn.functional.embedding
-    positions = torch.arange(length)
+    positions = torch.arange(PROBE_TOKENS)
 
     def embedding(input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         flat = input.reshape(-1)
-        if flat.shape[0] == length and bool((flat - flat[0] == positions).all()):
-            tables[id(weight)] = int(flat[0])
+        if id(weight) in names and flat.shape[0] == PROBE_TOKENS and bool((flat - flat[0] == positions).all()):
+            tables[names[id(weight)]] = int(flat[0])
         return original(input, weight, *args, **kwargs)
 
     torch.nn.functional.embedding = embedding

@@ -26,7 +26,7 @@ PROMPTS = (
     "Once upon a time, in a village by the sea, there lived an old fisherman who had never seen a mountain. One morning",
     "1, 2, 3, 4, 5, 6, 7,",
     "Q: What is the difference between a list and a tuple in Python?\nA:",
-    "Licensed under the Apache License, Version 2.0 (the \"License\"); you may not use this file except in compliance with "
+    'Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with '
     "the License. You may obtain a copy of the License at",
 )
 """Continued by both; of varied lengths, so that the batch is ragged."""
@@ -123,12 +123,14 @@ def reference_perplexity(model: PreTrainedModel, tokens: list[int], window: int 
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """While this lasts, `model` attends as transformers wrote it, even after it was prepared for tracing."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    saved = {key: config._attn_implementation_internal for key, config in configs.items() if hasattr(config, "_attn_implementation_internal")}
+    configs = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    saved = [
+        (config, config._attn_implementation_internal) for config in configs if hasattr(config, "_attn_implementation_internal")
+    ]
     try:
-        for key in saved:
-            configs[key]._attn_implementation_internal = "eager"
+        for config, _ in saved:
+            config._attn_implementation_internal = "eager"
         yield
     finally:
-        for key, implementation in saved.items():
-            configs[key]._attn_implementation_internal = implementation
+        for config, implementation in reversed(saved):
+            config._attn_implementation_internal = implementation

@@ -125,7 +125,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
     stop_ids: tuple[int, ...]
     """Tokens that end an answer."""
     bos_id: int | None
-    """Token that the tokenizer's own post-processor puts first, for information."""
+    """The beginning-of-sequence token that a chat template may name."""
     files: tuple[File, ...]
     """The tokenizer and the chat template, if any."""
     variants: tuple[Variant, ...]

@@ -16,8 +16,11 @@ from runtime.slots import Slots
 
 log = logging.getLogger(__name__)
 
+PREFILL_CHUNK = 256
+"""Prompt tokens a step. Chunks begin at multiples of it in every prompt, so that a request's numbers do not depend on what
+else was prefilled in the same iteration."""
 PREFILL_BUDGET = 256
-"""Prompt tokens computed between two decode steps: what a running stream may have to wait for a new prompt."""
+"""Prompt tokens after which the running streams get their next token; the last chunk may go over it."""
 
 
 @dataclass
@@ -97,7 +100,7 @@ class Loop:
             message = f"the prompt has {length} tokens; the context holds {context}, prompt and answer together"
             return Refused(request.id, "prompt too long", message)
         if not request.prompt or request.max_tokens < 1:
-            return Refused(request.id, "bad request", "a request needs a prompt of at least one token and max_tokens of at least 1")
+            return Refused(request.id, "bad request", "a request needs a prompt and max_tokens of at least 1")
         if not all(0 <= token < self.engine.vocab_size for token in request.prompt):
             message = f"the prompt has a token outside the vocabulary of {self.engine.vocab_size}"
             return Refused(request.id, "bad request", message)
@@ -125,7 +128,7 @@ class Loop:
                 self.slots.start(self._waiting.popleft())
             sequence = self.slots.prefilling
             assert sequence is not None
-            chunk = min(budget, sequence.prompt_left)
+            chunk = min(PREFILL_CHUNK, sequence.prompt_left)
             budget -= chunk
             news += self._prefill_chunk(sequence, chunk)
         return news

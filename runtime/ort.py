@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
+import psutil
 
 from runtime import bundle
 from runtime.bundle import Variant
@@ -20,7 +21,7 @@ class OrtEngine:
 
     One buffer a layer, [slots, kv_heads, capacity, dim], is past and present at once: GroupQueryAttention and
     TensorScatter write the new rows into it and nothing is copied. Bindings are made once for each (first slot, batch)
-    and reused, so a decode step binds nothing.
+    and reused; a step binds its few integers and runs.
     """
 
     def __init__(self, folder: Path, variant: Variant, vocab_size: int, *, slots: int, context: int, threads: int = 0) -> None:
@@ -31,19 +32,13 @@ class OrtEngine:
         self._session = _session(folder / variant.model, threads)
         self._input_names = {node.name for node in self._session.get_inputs()}
         dtype = np.dtype(_KV_TYPES[variant.kv_dtype])
-        try:
-            self._kv = {
-                f"{layer.index}.{part}": _touched((slots, layer.kv_heads, context, dim), dtype)
-                for part in ("key", "value")
-                for layer in variant.layers
-                for dim in [layer.key_dim if part == "key" else layer.value_dim]
-            }
-        except MemoryError:
-            need = variant.kv_bytes_per_token * slots * context
-            raise EngineError(
-                f"{slots} slots of {context} tokens need {need >> 20} MiB, which this machine does not give; "
-                "start with fewer slots or a shorter context"
-            ) from None
+        _check_memory(variant, slots, context)
+        self._kv = {
+            f"{layer.index}.{part}": _touched((slots, layer.kv_heads, context, dim), dtype)
+            for part in ("key", "value")
+            for layer in variant.layers
+            for dim in [layer.key_dim if part == "key" else layer.value_dim]
+        }
         missing = {f"past.{name}" for name in self._kv} - self._input_names
         if missing:
             raise EngineError(f"{variant.model} has no input {min(missing)!r}; export the model again")
@@ -110,7 +105,7 @@ def load(folder: Path, variant_name: str | None = None, *, slots: int, context: 
     if variant.target != "cpu":
         raise EngineError(f"variant {variant.name!r} is for {variant.target}; this engine runs variants for the cpu")
     if context is not None and context > manifest.max_length:
-        raise EngineError(f"model {manifest.name!r} was made for {manifest.max_length} positions; a context of {context} is over")
+        raise EngineError(f"model {manifest.name!r} was made for {manifest.max_length} positions; --context {context} is more")
     bundle.verify(folder, manifest, variant)
     length = manifest.max_length if context is None else context
     return OrtEngine(folder, variant, manifest.vocab_size, slots=slots, context=length, threads=threads)
@@ -125,6 +120,16 @@ def _session(path: Path, threads: int) -> ort.InferenceSession:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         raise EngineError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}; export the model again") from error
+
+
+def _check_memory(variant: Variant, slots: int, context: int) -> None:
+    """Refuse slots that would not fit, before touching them wakes the kernel's out-of-memory killer."""
+    need, there = variant.kv_bytes_per_token * slots * context, psutil.virtual_memory().available
+    if need > there:
+        raise EngineError(
+            f"{slots} slots of {context} tokens need {need >> 20} MiB ({slots} x {context} x {variant.kv_bytes_per_token} "
+            f"bytes), {there >> 20} MiB are available; start with fewer slots or a shorter context"
+        )
 
 
 def _touched(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:

@@ -1,6 +1,7 @@
 """One request on its way through the engine."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from runtime.messages import Finish, Generate
 
@@ -19,8 +20,10 @@ class Sequence:
     finish: Finish | None = None
     message: str = ""
 
-    def __post_init__(self) -> None:
-        self.stop_ids = frozenset(self.request.stop_ids)
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end the answer."""
+        return frozenset(self.request.stop_ids)
 
     @property
     def key(self) -> tuple[bytes, str]:

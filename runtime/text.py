@@ -5,8 +5,8 @@ models lets a token contribute the same bytes wherever it stands, save for the f
 bytes and one incremental UTF-8 decoder suffice. One difference is meant: where a run of byte tokens (`<0xE2>`) is damaged,
 `decode` gives up all of it, while here the whole characters in it live.
 
-`tokenizers.decoders.DecodeStream` decodes its window twice a token, holds the text back as long as it ends in U+FFFD, even where
-the model means that character, and raises where a prefix changes.
+`tokenizers.decoders.DecodeStream` decodes its window twice a token, holds the text back as long as it ends in U+FFFD, even
+where the model means that character, and raises where a prefix changes.
 """
 
 import codecs

@@ -12,12 +12,11 @@ from server.bodies import MAX_BODY
 from server.errors import ApiError
 from server.metrics import CONTENT_TYPE
 from server.service import ARRIVED, SERVICE, STATUS, Service
+from server.streaming import CLIENT_GONE
 
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-CLIENT_GONE = 499
-"""nginx's status for a client that went away before its answer."""
 
 
 def build(service: Service) -> web.Application:

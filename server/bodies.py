@@ -172,7 +172,10 @@ Body = TypeVar("Body", bound=GenerationBody)
 
 async def read(request: web.Request, type_: type[Body]) -> Body:
     """The request's body as a `type_`; raises ApiError 400 that names the field at fault."""
-    raw = await request.read()
+    try:
+        raw = await request.read()
+    except web.RequestPayloadError as error:
+        raise bad_request(f"The body cannot be read: {error}.") from None
     try:
         return msgspec.json.decode(raw, type=type_)
     except msgspec.ValidationError as error:

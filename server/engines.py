@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from runtime import bundle as bundles
 from runtime.bundle import Bundle, BundleError, Variant
@@ -32,7 +32,14 @@ def run(args: argparse.Namespace) -> int:
 
 def table(found: list[Bundle]) -> Table:
     """One row a variant."""
-    result = Table("bundle", "variant", "precision", "MB", "context", "verified", "perplexity")
+    names = ("bundle", "variant", "precision", "MB", "context", "verified", "perplexity")
+    result = Table(
+        *(Column(name, no_wrap=True) for name in names),
+        box=None,
+        padding=(0, 1, 0, 0),
+        caption="verified: tokens equal to the reference's; perplexity: and its excess over that",
+        caption_justify="left",
+    )
     for bundle in found:
         for number, variant in enumerate(bundle.variants):
             result.add_row(
@@ -50,11 +57,9 @@ def table(found: list[Bundle]) -> Table:
 
 def _verified(variant: Variant) -> str:
     verification = variant.verification
-    if verification is None:
-        return "not verified"
-    return f"{verification.equal} of {verification.tokens} tokens as {verification.reference}"
+    return "no" if verification is None else f"{verification.equal}/{verification.tokens}"
 
 
 def _perplexity(variant: Variant) -> str:
     perplexity = variant.perplexity
-    return "" if perplexity is None else f"{perplexity.value:.3f} (reference {perplexity.reference:.3f})"
+    return "" if perplexity is None else f"{perplexity.value:.2f} ({perplexity.value / perplexity.reference - 1:+.1%})"

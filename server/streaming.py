@@ -13,6 +13,9 @@ from server.service import STATUS
 SEND_SECONDS = 30.0
 """How long a client may take nothing of what waits for it before its connection is dropped."""
 
+CLIENT_GONE = 499
+"""nginx's status for a client that went away before its answer was complete."""
+
 log = logging.getLogger(__name__)
 
 
@@ -57,7 +60,10 @@ async def send(request: web.Request, generation: Generation, form: Form) -> web.
         await _write(response, form.end(generation))
     except TimeoutError:
         log.info("dropped a client that took nothing for %.0f s", SEND_SECONDS)
+        request[STATUS] = CLIENT_GONE
         _abort(request)
+    except ConnectionError:
+        request[STATUS] = CLIENT_GONE
     except ApiError as error:
         await _fail(request, response, form, error)
     except Exception:
@@ -81,7 +87,7 @@ async def _fail(request: web.Request, response: web.StreamResponse, form: Form, 
             await _write(response, words)
         else:
             _abort(request)
-    except TimeoutError:
+    except (TimeoutError, ConnectionError):
         _abort(request)
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: the default model's file."""
+"""What the tests share: the default model's file, and a tiny model with its bundle."""
 
 from pathlib import Path
 
@@ -15,3 +15,20 @@ def default_gguf() -> Path:
     if not found:
         pytest.fail(f"{name} is not under {MODELS}: fetch the default model first")
     return found[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random Llama in Hugging Face's layout; see tests/tiny.py."""
+    from tests import tiny  # torch takes seconds to import, and most tests do without
+
+    return tiny.write_model(tmp_path_factory.mktemp("model") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The folder of its bundle, with the variants `cpu-fp32` and `cpu-int4`; not to be written to."""
+    from tests import tiny
+
+    engines = tmp_path_factory.mktemp("tiny") / "engines"
+    return tiny.exporting(engines, text=tiny.TEXT).run(tiny.recipe(tiny_model))

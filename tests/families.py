@@ -35,6 +35,9 @@ TIE = 1e-4
 SPREAD = 0.15
 """Standard deviation of weights; at the usual 0.02 a tiny model repeats its input's token whatever came before."""
 
+MOST_KINDS = 4
+"""Different values in a list of one value a layer; a list with more numbers the layers rather than saying their kind."""
+
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -70,7 +73,9 @@ SIZES: dict[str, Any] = {
     "ffn_dim": 96,
     "index_head_dim": 32,
     "index_n_heads": 2,
-    "index_topk": 64,
+    "index_topk": WINDOW,
+    "index_block_size": 4,
+    "index_topk_blocks": 2,
     "rotary_dim": 8,
     "use_sliding_window": True,
     "max_window_layers": 1,
@@ -78,6 +83,8 @@ SIZES: dict[str, Any] = {
     "is_decoder": True,
     "attention_chunk_size": WINDOW,
     "window_size": WINDOW,
+    "local_attention": WINDOW,
+    "sliding_window_size": WINDOW,
     "query_pre_attn_scalar": 16,
     "original_max_position_embeddings": 128,
     "layerdrop": 0.0,
@@ -101,6 +108,7 @@ TYPES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "dbrx": {
+        "d_model": 64,
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_top_k": 2},
     },
@@ -109,10 +117,16 @@ TYPES: dict[str, dict[str, Any]] = {
     "gemma4": {"text_config": {"num_hidden_layers": 5, "num_kv_shared_layers": 2, "global_head_dim": 32}},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "hrm_text": {"num_layers_per_stack": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
+    "longcat_flash": {"num_layers": 2},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "reformer": {"axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 16), "attention_head_size": 16},
     "xlnet": {"d_head": 16},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What a type needs beyond `SIZES`."""
@@ -220,9 +234,7 @@ def logits(reference: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
 
 
 def _step(loaded: OrtEngine, slot: int, ids: Sequence[Sequence[int]], lengths: Sequence[int], rows: Sequence[int]) -> list[int]:
-    batch = Batch(
-        slot, np.array(ids, np.int64), np.array(lengths, np.int32), np.array(rows, np.int64), Draw.greedy(len(rows))
-    )
+    batch = Batch(slot, np.array(ids, np.int64), np.array(lengths, np.int32), np.array(rows, np.int64), Draw.greedy(len(rows)))
     return loaded.step(batch)[0].tolist()
 
 
@@ -231,7 +243,7 @@ def _shrunk(default: type[PreTrainedConfig], changes: dict[str, Any]) -> dict[st
     try:
         base = default()
     except ValueError:  # a type whose own defaults do not pass its own validation
-        base = default(**{name: value for name, value in changes.items() if not isinstance(value, dict)})
+        base = default(**changes)
     values = vars(base)
     fields = set(default.__dataclass_fields__)
     names = fields | {alias for alias, name in base.attribute_map.items() if name in fields}
@@ -243,6 +255,7 @@ def _shrunk(default: type[PreTrainedConfig], changes: dict[str, Any]) -> dict[st
     count_name = base.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     if count_name in fields:
         lists = {n: _distinct(v) for n in fields if isinstance(v := values.get(n), list) and len(v) == values[count_name]}
+        lists = {name: kinds for name, kinds in lists.items() if len(kinds) <= MOST_KINDS}
         if "use_sliding_window" in fields and "layer_types" in fields:
             lists["layer_types"] = ["sliding_attention", "full_attention"]
         lists |= {name: value for name, value in changes.items() if name in lists}

@@ -120,7 +120,10 @@ def main() -> None:
         result = run(model_type)
         with RESULTS.open("ab") as file:
             file.write(msgspec.json.encode(result) + b"\n")
-        print(f"{result.model_type:24} {result.verdict:8} {result.attention:20} {result.seconds:6.1f} s  {result.detail}", flush=True)
+        print(
+            f"{result.model_type:24} {result.verdict:8} {result.attention:20} {result.seconds:6.1f} s  {result.detail}",
+            flush=True,
+        )
     results = read()
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.write_text(report(results[name] for name in sorted(results) if name in families.ALL))

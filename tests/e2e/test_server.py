@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 import openai
@@ -174,12 +174,12 @@ def test_a_long_prompt_that_is_tokenized_does_not_freeze_a_running_stream(server
                 async for _ in response.content.iter_any():
                     times.append(time.monotonic())
                     if len(times) == 5:
-                        asking = asyncio.ensure_future(http.post("/v1/generate", json={"prompt": "many words " * 150_000}))
+                        asking = asyncio.ensure_future(http.post("/v1/generate", json={"prompt": "many words " * 350_000}))
             assert asking is not None
             assert (await asking).status == 400
         return [later - earlier for earlier, later in itertools.pairwise(times)]
 
-    assert max(asyncio.run(gaps())) < 0.5
+    assert max(asyncio.run(gaps())) < 1.0, "tokenizing it takes two seconds"
 
 
 class Terminal:
@@ -199,6 +199,14 @@ class Terminal:
         )
         os.close(slave)
         os.set_blocking(self.master, False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
@@ -224,36 +232,36 @@ def _own_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def test_chat_streams_remembers_and_forgets(server: Server) -> None:
-    terminal = Terminal(f"--url={server.url}", "--temperature=0", "--max-tokens=40")
-    terminal.until("> ")
-    terminal.type("What is the capital of France?\n")
-    assert "Paris" in terminal.until(r"\d+ tokens in .*\n")
-    terminal.type("/clear\n")
-    terminal.until("forgotten")
-    terminal.type("/exit\n")
-    assert terminal.process.wait(10) == 0
+def test_chat_streams_an_answer_and_leaves_when_told(server: Server) -> None:
+    with Terminal(f"--url={server.url}", "--temperature=0", "--max-tokens=40") as terminal:
+        terminal.until("> ")
+        terminal.type("What is the capital of France?\n")
+        assert "Paris" in terminal.until(r"\d+ tokens in .*\n")
+        terminal.type("/clear\n")
+        terminal.until("forgotten")
+        terminal.type("/exit\n")
+        assert terminal.process.wait(10) == 0
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(server: Server) -> None:
     server.wait(RUNNING, 0)
-    terminal = Terminal(f"--url={server.url}", "--seed=1")
-    terminal.until("> ")
-    terminal.type("Write a very long story about a ship and its crew of a hundred people.\n")
-    server.wait(RUNNING, 1)
-    terminal.type("\x03")
-    terminal.until("stopped")
-    server.wait(RUNNING, 0, 3)
-    terminal.type("Hello!\n")
-    terminal.until(r"\d+ tokens in .*\n")
-    terminal.type("\x04")
-    assert terminal.process.wait(10) == 0
+    with Terminal(f"--url={server.url}", "--temperature=0", "--max-tokens=400") as terminal:
+        terminal.until("> ")
+        terminal.type("Write a very long story about a ship and its crew of a hundred people.\n")
+        server.wait(RUNNING, 1)
+        terminal.type("\x03")
+        terminal.until("stopped")
+        server.wait(RUNNING, 0, 3)
+        terminal.type("Hello!\n")
+        terminal.until(r"\d+ tokens in .*\n")
+        terminal.type("\x04")
+        assert terminal.process.wait(10) == 0
 
 
 def test_chat_without_a_server_says_how_to_start_one() -> None:
-    terminal = Terminal("--url=http://127.0.0.1:9")
-    assert "engineshed serve" in terminal.until("engineshed serve")
-    assert terminal.process.wait(10) == 1
+    with Terminal("--url=http://127.0.0.1:9") as terminal:
+        terminal.until("engineshed serve")
+        assert terminal.process.wait(10) == 1
 
 
 def test_a_full_queue_refuses_and_a_stopping_server_lets_an_answer_finish() -> None:

@@ -1,6 +1,7 @@
 """What is refused, with which status, and which field is named."""
 
 import asyncio
+import gzip
 from typing import Any
 
 import pytest
@@ -118,6 +119,18 @@ async def test_a_body_that_is_no_json_object_is_refused_with_the_reason(house: H
     status, error, _ = await refused(house, COMPLETIONS, body)
     assert status == 400
     assert says in error["message"]
+
+
+async def test_a_body_that_is_not_encoded_as_it_says_is_refused(house: House) -> None:
+    async with house.http.post(COMPLETIONS, data=b"no gzip", headers={"Content-Encoding": "gzip"}) as response:
+        assert response.status == 400
+        assert "error" in await response.json()
+
+
+async def test_a_compressed_body_counts_as_large_as_it_is(house: House) -> None:
+    body = gzip.compress(b" " * (MAX_BODY + 1))
+    async with house.http.post(COMPLETIONS, data=body, headers={"Content-Encoding": "gzip"}) as response:
+        assert response.status == 413
 
 
 async def test_a_prompt_that_leaves_no_room_is_told_with_the_arithmetic(house: House) -> None:

@@ -1,0 +1,242 @@
+"""The decode loop on a real engine: a tiny random model, compiled for these tests."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime import ort
+from runtime.engine import Batch, EngineError
+from runtime.loop import PREFILL_CHUNK, Loop
+from runtime.messages import Generate, Refused, Row, Sampling
+from runtime.ort import OrtEngine
+
+SLOTS = 4
+CONTEXT = 320
+FRONT = b"front"
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bundle: Path) -> Iterator[OrtEngine]:
+    engine = ort.load(tiny_bundle, "cpu-fp32", slots=SLOTS, context=CONTEXT, threads=1)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def loop(engine: OrtEngine) -> Loop:
+    return Loop(engine, queue=100)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return [random.Random(f"{seed}/{length}/{i}").randrange(3, 200) for i in range(length)]
+
+
+def run(loop: Loop, *requests: Generate, owner: bytes = FRONT) -> dict[str, list[Row]]:
+    """Submit everything at once and run until the loop is idle: each request's rows in their order."""
+    for request in requests:
+        assert loop.submit(owner, request) is None
+    return drain(loop)
+
+
+def drain(loop: Loop) -> dict[str, list[Row]]:
+    rows: dict[str, list[Row]] = {}
+    while loop.busy:
+        for news in loop.step():
+            rows.setdefault(news.row.id, []).append(news.row)
+        loop.slots.check()
+    assert loop.slots.free == SLOTS
+    return rows
+
+
+def tokens(rows: list[Row]) -> list[int]:
+    return [token for row in rows for token in row.tokens]
+
+
+def logprobs(rows: list[Row]) -> list[float]:
+    return [logprob for row in rows for logprob in row.logprobs]
+
+
+def test_a_request_gets_its_tokens_one_row_at_a_time_and_one_finish(loop: Loop) -> None:
+    rows = run(loop, Generate("a", prompt(7), max_tokens=5))["a"]
+    assert [len(row.tokens) for row in rows] == [1] * 5
+    assert [row.finish for row in rows] == [None] * 4 + ["length"]
+    assert all(logprob <= 0 for logprob in logprobs(rows))
+
+
+def test_answers_do_not_depend_on_who_shares_the_batch(loop: Loop) -> None:
+    """To the last bit of the log-probabilities, with more requests than slots, of ragged lengths, some sampled."""
+    requests = [
+        Generate(
+            f"r{i}",
+            prompt(length, seed=i),
+            max_tokens=3 + i * 2,
+            sampling=Sampling(temperature=0.8 if i % 2 else 0.0, top_k=20 if i % 4 == 1 else 0, top_p=0.9, seed=i),
+        )
+        for i, length in enumerate((1, 3, 17, PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1, 40, 9, 2, 100, 5, 30))
+    ]
+    alone = {request.id: run(loop, request)[request.id] for request in requests}
+    together = run(loop, *requests)
+    for request in requests:
+        assert tokens(together[request.id]) == tokens(alone[request.id])
+        assert logprobs(together[request.id]) == logprobs(alone[request.id])
+
+
+def test_requests_that_come_and_go_at_random_answer_as_if_alone(loop: Loop) -> None:
+    chance = random.Random(7)
+    requests = [Generate(f"r{i}", prompt(chance.randrange(1, 60), i), max_tokens=chance.randrange(1, 25)) for i in range(40)]
+    alone = {request.id: tokens(run(loop, request)[request.id]) for request in requests}
+    rows: dict[str, list[Row]] = {}
+    waiting, cancelled = list(requests), set()
+    while waiting or loop.busy:
+        if waiting and chance.random() < 0.5:
+            assert loop.submit(FRONT, waiting.pop()) is None
+        if chance.random() < 0.1:
+            victim = chance.choice(requests).id
+            news = loop.cancel(FRONT, victim)
+            if news is not None:
+                cancelled.add(victim)
+                rows.setdefault(victim, []).append(news.row)
+        for item in loop.step():
+            rows.setdefault(item.row.id, []).append(item.row)
+        loop.slots.check()
+    assert loop.slots.free == SLOTS
+    assert cancelled
+    for request in requests:
+        got = tokens(rows[request.id])
+        assert got == alone[request.id][: len(got)]
+        assert rows[request.id][-1].finish == ("cancelled" if request.id in cancelled else "length")
+        assert request.id in cancelled or len(got) == request.max_tokens
+
+
+def test_sampling_depends_on_the_seed_alone(loop: Loop) -> None:
+    def sampled(seed: int) -> list[int]:
+        request = Generate("s", prompt(5), max_tokens=30, sampling=Sampling(temperature=2.0, seed=seed))
+        return tokens(run(loop, request)["s"])
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(loop: Loop) -> None:
+    free = tokens(run(loop, Generate("a", prompt(6), max_tokens=20))["a"])
+    stop = free[7]
+    rows = run(loop, Generate("b", prompt(6), max_tokens=20, stop_ids=[stop]))["b"]
+    assert tokens(rows) == free[: free.index(stop)]
+    assert rows[-1].finish == "stop"
+
+
+def test_an_answer_ends_where_the_context_does(loop: Loop) -> None:
+    rows = run(loop, Generate("a", prompt(CONTEXT - 4), max_tokens=100))["a"]
+    assert len(tokens(rows)) == 4
+    assert rows[-1].finish == "length"
+
+
+def test_a_long_prompt_does_not_hold_up_a_running_stream(loop: Loop) -> None:
+    """Between two tokens of the running stream at most one chunk of the newcomer's prompt is computed."""
+    loop.submit(FRONT, Generate("running", prompt(4), max_tokens=30))
+    loop.step()
+    before = loop.counters.prompt_tokens
+    loop.submit(FRONT, Generate("long", prompt(CONTEXT - 10), max_tokens=2))
+    seen = [news.row.id for news in loop.step()]
+    assert seen == ["running"]
+    assert loop.counters.prompt_tokens - before == PREFILL_CHUNK
+    drain(loop)
+
+
+def test_cancelling_frees_the_slot_at_once_in_every_stage(loop: Loop) -> None:
+    for i in range(SLOTS + 2):
+        loop.submit(FRONT, Generate(f"r{i}", prompt(20, i), max_tokens=50))
+    loop.submit(FRONT, Generate("prefilling", prompt(CONTEXT - 10), max_tokens=5))
+    loop.cancel(FRONT, "r1")
+    loop.step()
+    assert loop.slots.free == 0
+    for name in ("r0", "r2", "prefilling", "r5"):
+        news = loop.cancel(FRONT, name)
+        assert news is not None
+        assert news.row.finish == "cancelled"
+        loop.slots.check()
+    assert loop.cancel(FRONT, "r0") is None
+    assert loop.slots.free == 2
+    assert set(drain(loop)) == {"r3", "r4"}
+
+
+def test_a_front_end_that_is_gone_leaves_nothing_behind(loop: Loop) -> None:
+    loop.submit(b"gone", Generate("a", prompt(5), max_tokens=50))
+    loop.submit(b"here", Generate("a", prompt(5), max_tokens=3))
+    loop.step()
+    loop.cancel_all(b"gone")
+    assert loop.running == 1
+    assert tokens(drain(loop)["a"])
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (Generate("a", prompt(CONTEXT), max_tokens=1), "prompt too long"),
+        (Generate("a", [], max_tokens=1), "bad request"),
+        (Generate("a", [1], max_tokens=0), "bad request"),
+        (Generate("a", [10**9], max_tokens=1), "bad request"),
+        (Generate("a", [-1], max_tokens=1), "bad request"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_a_reason(loop: Loop, request_: Generate, reason: str) -> None:
+    refused = loop.submit(FRONT, request_)
+    assert isinstance(refused, Refused)
+    assert refused.reason == reason
+    assert refused.message
+    assert not loop.busy
+
+
+def test_a_full_queue_refuses(engine: OrtEngine) -> None:
+    loop = Loop(engine, queue=2)
+    outcomes = [loop.submit(FRONT, Generate(f"r{i}", prompt(3), max_tokens=2)) for i in range(SLOTS + 3)]
+    assert outcomes[:-1] == [None] * (SLOTS + 2)
+    last = outcomes[-1]
+    assert isinstance(last, Refused)
+    assert last.reason == "queue full"
+    assert len(drain(loop)) == SLOTS + 2
+
+
+def test_the_same_id_twice_is_refused(loop: Loop) -> None:
+    loop.submit(FRONT, Generate("a", prompt(3), max_tokens=2))
+    again = loop.submit(FRONT, Generate("a", prompt(3), max_tokens=2))
+    assert isinstance(again, Refused)
+    assert again.reason == "bad request"
+    drain(loop)
+
+
+def test_an_engine_that_fails_ends_only_the_requests_of_that_step(engine: OrtEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(engine, queue=8)
+    loop.submit(FRONT, Generate("a", prompt(3), max_tokens=9))
+    loop.step()
+    real = OrtEngine.step
+
+    def failing(self: OrtEngine, batch: Batch) -> object:
+        raise EngineError("the device is gone")
+
+    monkeypatch.setattr(OrtEngine, "step", failing)
+    rows = drain(loop)["a"]
+    assert rows[-1].finish == "error"
+    assert "the device is gone" in rows[-1].message
+    monkeypatch.setattr(OrtEngine, "step", real)
+    assert len(tokens(run(loop, Generate("b", prompt(3), max_tokens=4))["b"])) == 4
+
+
+def test_the_slots_begin_with_garbage_and_it_does_not_matter(tiny_bundle: Path, loop: Loop) -> None:
+    expected = tokens(run(loop, Generate("a", prompt(12), max_tokens=10))["a"])
+    dirty = ort.load(tiny_bundle, "cpu-fp32", slots=SLOTS, context=CONTEXT, threads=1)
+    for buffer in dirty._kv.values():
+        buffer.fill(float("nan"))
+    assert tokens(run(Loop(dirty, queue=8), Generate("a", prompt(12), max_tokens=10))["a"]) == expected
+
+
+def test_more_slots_than_memory_are_refused_with_the_arithmetic(tiny_bundle: Path) -> None:
+    with pytest.raises(EngineError, match=r"10000000 x 512 x .* bytes.*fewer slots"):
+        ort.load(tiny_bundle, "cpu-fp32", slots=10_000_000, context=512)
+
+
+def test_a_context_over_the_models_own_is_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(EngineError, match="512 positions"):
+        ort.load(tiny_bundle, "cpu-fp32", slots=1, context=513)
