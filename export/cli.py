@@ -71,8 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
         from export.pipeline import Export  # torch and transformers take seconds to import
 
         text = arguments.text or (DEFAULT_TEXT if DEFAULT_TEXT.exists() else None)
-        export = Export(arguments.engines, arguments.cache, Report(console), verify=not arguments.no_verify, text=text)
-        folder = export.run(wanted)
+        with Report(console) as report:
+            export = Export(arguments.engines, arguments.cache, report, verify=not arguments.no_verify, text=text)
+            folder = export.run(wanted)
     except ExportError as error:
         print(f"engineshed: {error}", file=sys.stderr)
         return 1
@@ -82,11 +83,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class Report:
-    """Shows each stage as it runs and a line when it is over."""
+    """Shows each stage as it runs and a line when it is over; leaving the context gives the terminal back."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._status: Status | None = None
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._clear()
 
     def begin(self, stage: str) -> None:
         """See `pipeline.Progress`."""
@@ -95,9 +102,12 @@ class Report:
 
     def end(self, stage: str, seconds: float, note: str) -> None:
         """See `pipeline.Progress`."""
+        self._clear()
+        self._console.print(f"  {stage:<24} {seconds:>6.1f} s   {note}")
+
+    def _clear(self) -> None:
         if self._status is not None:
             self._status.stop()
-        self._console.print(f"  {stage:<24} {seconds:>6.1f} s   {note}")
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:

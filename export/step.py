@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from export.attention import NAME, speaking_to
@@ -54,7 +55,8 @@ class StepModule(torch.nn.Module):
             {layer.index: value for layer, value in zip(layers, values, strict=True)},
             {layer.index: layer for layer in layers},
         )
-        logits = self.run(input_ids, cache, logit_rows)
+        with _RealIndexing():
+            logits = self.run(input_ids, cache, logit_rows)
         return (
             logits,
             *(cache.keys[layer.index] for layer in layers),
@@ -90,6 +92,18 @@ class StepModule(torch.nn.Module):
     def _tables(self) -> dict[int, int]:
         # By identity, and looked up in each run: the exporter puts other tensors in the weights' places.
         return {id(operator.attrgetter(name)(self.model)): offset for name, offset in self.survey.tables.items()}
+
+
+class _RealIndexing(TorchFunctionMode):
+    """New axes of complex tensors made on their real view; ONNX has no complex tensors and the exporter no such rule."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.unsqueeze, torch.Tensor.__getitem__) and torch.is_complex(args[0]):
+            real, where = torch.view_as_real(args[0]), args[1]
+            if func is torch.Tensor.unsqueeze and where < 0:
+                where -= 1  # counted from the end, which the real view has one axis behind
+            return torch.view_as_complex(func(real, where).contiguous())
+        return func(*args, **(kwargs or {}))
 
 
 def _output_embeddings(model: PreTrainedModel) -> torch.nn.Module:

@@ -47,7 +47,7 @@ def survey(model: PreTrainedModel) -> Survey:
     prepare(model)
     positions = torch.arange(PROBE_TOKENS)
     cache = SlotCache(Step(positions[None], torch.tensor([PROBE_TOKENS], dtype=torch.int32), positions))
-    got = StepModule(model, Survey([], tables)).run(prompts[:1], cache, positions)
+    got = _run(StepModule(model, Survey([], tables)), prompts[:1], cache)
     if not cache.keys:
         raise UnsupportedModel(f"{name} wrote no keys and values to its cache, so it cannot decode in steps")
     if (difference := _difference(got, plain[0])) > _TOLERANCE:
@@ -72,13 +72,26 @@ def _check_steps(model: PreTrainedModel, seen: Survey, prompts: torch.Tensor, pl
         positions = torch.stack([torch.arange(*row) for row in rows])
         lengths = torch.tensor([end for _, end in rows], dtype=torch.int32)
         cache = SlotCache(Step(positions, lengths, torch.arange(int(lengths.max()))), keys, values)
-        got = module.run(prompts.gather(1, positions), cache, torch.arange(positions.numel()))
+        got = _run(module, prompts.gather(1, positions), cache)
         expected = torch.cat([logits[start:end] for logits, (start, end) in zip(plain, rows, strict=True)])
         if (difference := _difference(got, expected)) > _TOLERANCE:
             raise UnsupportedModel(
                 f"{type(model).__name__} gives other logits in steps of several rows than in one pass (by {difference:.1e} of "
                 "the largest); it reads more of its past than positions, mask and cache carry"
             )
+
+
+def _run(module: StepModule, tokens: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+    """The logits of all `tokens`."""
+    try:
+        return module.run(tokens, cache, torch.arange(tokens.numel()))
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        name, text = type(module.model).__name__, " ".join(str(error).split())
+        raise UnsupportedModel(
+            f"{name} does not run on a cache that holds keys and values in slots and nothing else: {text} ({type(error).__name__})"
+        ) from error
 
 
 def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -60,7 +60,8 @@ def read_text(
 
 def write_text(side: TextSide, folder: Path) -> tuple[str, ...]:
     """Write `side` into the bundle folder; the paths of its files, relative to it."""
-    side.tokenizer.save(str(folder / TOKENIZER))
+    # Not `Tokenizer.save`, whose errors are no OSErrors and do not say that a disk is full.
+    (folder / TOKENIZER).write_text(side.tokenizer.to_str(pretty=True), encoding="utf-8")
     if side.template is None:
         return (TOKENIZER,)
     (folder / TEMPLATE).write_text(side.template, encoding="utf-8")

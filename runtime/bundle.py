@@ -171,20 +171,26 @@ def read(folder: Path) -> Bundle:
                 f"{path} has format {format_}, this program reads format {FORMAT}; export the model again with this version"
             )
         bundle = msgspec.json.decode(raw, type=Bundle)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged ({error}); export the model again") from error
     for file in _files(bundle):
         _check_present(folder, file)
     for variant in bundle.variants:
         if variant.model not in {file.path for file in variant.files}:
-            raise BundleError(f"{path}: variant {variant.name!r} runs {variant.model!r}, which is not among its files")
+            raise BundleError(
+                f"{path}: variant {variant.name!r} runs {variant.model!r}, which is not among its files; export the model again"
+            )
     return bundle
 
 
 def verify(folder: Path, bundle: Bundle, variant: Variant) -> None:
     """Hash the files that serving `variant` reads and compare; raises BundleError at the first that differs."""
     for file in (*bundle.files, *variant.files):
-        if sha256(folder / file.path) != file.sha256:
+        try:
+            digest = sha256(folder / file.path)
+        except OSError as error:
+            raise BundleError(f"{folder / file.path} cannot be read ({error.strerror}); export the model again") from error
+        if digest != file.sha256:
             raise BundleError(
                 f"{folder / file.path} is not the file that was exported (its sha256 differs); export the model again"
             )
@@ -224,9 +230,16 @@ def _files(bundle: Bundle) -> list[File]:
 
 def _check_present(folder: Path, file: File) -> None:
     path = folder / file.path
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"{folder / MANIFEST} names {file.path!r}, which lies outside the bundle")
-    if not path.is_file():
+    try:
+        inside, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+        size = path.stat().st_size if there else 0
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links is a RuntimeError, a null byte a ValueError
+        raise BundleError(
+            f"{folder / MANIFEST} names {file.path!r}, which cannot be looked up ({error}); export the model again"
+        ) from error
+    if not inside:
+        raise BundleError(f"{folder / MANIFEST} names {file.path!r}, which lies outside the bundle; export the model again")
+    if not there:
         raise BundleError(f"{path} is missing; export the model again")
-    if path.stat().st_size != file.size:
-        raise BundleError(f"{path} has {path.stat().st_size} bytes where the manifest says {file.size}; export the model again")
+    if size != file.size:
+        raise BundleError(f"{path} has {size} bytes where the manifest says {file.size}; export the model again")

@@ -15,7 +15,7 @@ import runtime
 from runtime.messages import HEARTBEAT_SECONDS
 from server.engine_client import EngineClient, EngineUnavailableError
 
-SILENCE_SECONDS = 10 * HEARTBEAT_SECONDS
+SILENCE_SECONDS = 60 * HEARTBEAT_SECONDS
 """A worker from which nothing comes for so long is taken for dead."""
 STOP_SECONDS = 5.0
 """What a worker gets to end by itself."""

@@ -1,0 +1,1 @@
+"""Latency and throughput of engines and of servers, measured as their users meet them."""
