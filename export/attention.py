@@ -64,16 +64,18 @@ def _attention(
     cache = _current()
     layer = cache.layer_of(key, value)
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-    bias = kwargs.get("position_bias")
+    bias, chosen = kwargs.get("position_bias"), kwargs.get("indices")
+    causal = getattr(module, "is_causal", True)
     if layer is not None and layer in cache.plan and cache.plan[layer].fused:
         return _fused(cache, cache.plan[layer], query, key, value, scale, softcap, s_aux), None
     if layer is not None and not cache.plan:
-        plain = bias is None and key.shape[-1] == value.shape[-1] and query.shape[-1] == key.shape[-1]
-        fusable = plain and key.shape[-1] % 8 == 0 and query.shape[1] % key.shape[1] == 0 and layer not in cache.windows
+        plain = bias is None and chosen is None and (causal or attention_mask is not None) and layer not in cache.windows
+        even = query.shape[-1] == key.shape[-1] == value.shape[-1] and query.shape[1] % key.shape[1] == 0
+        fusable = plain and even and key.shape[-1] % 8 == 0
         cache.windows[layer] = cache.window_of(attention_mask) if fusable else None
-    if attention_mask is None and getattr(module, "is_causal", True):
+    if attention_mask is None and causal:
         attention_mask = cache.causal(query.dtype)
-    if (chosen := kwargs.get("indices")) is not None:
+    if chosen is not None:
         attention_mask = _only(chosen, attention_mask)
     return _explicit(query, key, value, attention_mask, bias, scale, softcap, s_aux), None
 

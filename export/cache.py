@@ -105,8 +105,8 @@ class SlotCache(Cache):
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
         """Keys [batch, seq, dim] by which a layer selects what it attends to; they lie halved in a slot of their own."""
-        halves = indexer_key_states[:, None].chunk(2, dim=-1)
-        return torch.cat(self.update(*halves, INDEXERS + layer_idx), dim=-1)[:, 0]
+        first, second = indexer_key_states[:, None].chunk(2, dim=-1)
+        return torch.cat(self.update(first, second, INDEXERS + layer_idx), dim=-1)[:, 0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before this step in the longest row. Models that want a row's own positions get `position_ids`."""

@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", nargs="?", metavar="MODEL", help="hub id, folder or GGUF file (default: build a recipe)")
     parser.add_argument("--recipe", type=Path, help=f"TOML file that says what to build (default {DEFAULT_RECIPE})")
-    parser.add_argument("--target", choices=get_args(Target), default="cpu", help="what the engine runs on (default cpu)")
+    parser.add_argument("--target", choices=get_args(Target), help="what the engine runs on (default: the recipe's, or cpu)")
     parser.add_argument(
         "--precision", nargs="+", choices=PRECISIONS, help="weights, one variant each (default: the recipe's, or int4)"
     )
@@ -77,6 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
     except ExportError as error:
         print(f"engineshed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("engineshed: interrupted; nothing was published", file=sys.stderr)
+        return 130
     seconds = sum(export.seconds.values())
     console.print(f"[bold green]{folder}[/] is ready in {seconds:.0f} s. Serve it with: engineshed serve --model {wanted.name}")
     return 0
@@ -111,10 +114,16 @@ class Report:
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    target: Target = arguments.target
+    target: Target = arguments.target or "cpu"
     builds = tuple(Build(target, precision) for precision in arguments.precision or ())
+    if arguments.target is not None and not builds:
+        builds = (Build(target),)
     if arguments.model is not None:
-        return recipe.of(arguments.model, arguments.name, arguments.revision, builds or (Build(target),))
+        if arguments.recipe is not None:
+            raise ExportError("give a MODEL or a --recipe, not both")
+        return recipe.of(arguments.model, arguments.name, arguments.revision, builds or (Build(),))
+    if arguments.revision is not None:
+        raise ExportError("--revision goes with a MODEL on the hub; a recipe names its own")
     read = recipe.read(arguments.recipe or DEFAULT_RECIPE)
     return recipe.checked(Recipe(arguments.name or read.name, read.model, builds or read.variants))
 

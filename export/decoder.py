@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from export.cache import Layer
 from export.errors import UnsupportedModel
+from export.operators import TRANSLATIONS
 from export.step import StepModule, Survey, prepare
 from export.survey import probe_tokens, survey
 
@@ -42,7 +43,7 @@ def trace(model: PreTrainedModel, seen: Survey) -> Any:
     names = [f"{layer.index}.key" for layer in layers] + [f"{layer.index}.value" for layer in layers]
     try:
         program = torch.onnx.export(
-            StepModule(model, seen),
+            StepModule(model, seen).eval(),
             args,
             dynamo=True,
             dynamic_shapes=(
@@ -57,6 +58,7 @@ def trace(model: PreTrainedModel, seen: Survey) -> Any:
             opset_version=23,
             input_names=["input_ids", "position_ids", "kv_lengths", "kv_range", "logit_rows", *(f"past.{n}" for n in names)],
             output_names=["logits", *(f"present.{n}" for n in names)],
+            custom_translation_table=TRANSLATIONS,
             verbose=False,
         )
     except Exception as error:  # torch.export hands on whatever the model's code raises under tracing
@@ -74,6 +76,8 @@ def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if missing := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text):
         return f"the exporter has no ONNX operator for {missing[1]}"
-    if unknown := re.search(r"data-dependent expression (.+?)\s*\(", text):
+    if unknown := re.search(r"data-dependent expression (.+?) \(", text):
         return f"its code branches on values that are known only when it runs ({unknown[1]})"
+    if "inconsistencies were found" in text:
+        return f"torch.export cannot solve how its tensors' shapes depend on each other ({text.split(': ', 1)[-1]})"
     return f"{text[:_LONGEST_REASON]} ({type(error).__name__})"

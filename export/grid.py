@@ -15,6 +15,8 @@ BLOCK = 32
 
 _TOLERANCE = 2e-3
 """How far from an integer, in steps of the grid, a float32 weight may lie that was computed from 16-bit scales."""
+_SAMPLE = 1000
+"""Blocks that are looked at first: weights that were never quantized fit no grid, and the search ends there."""
 _SHIFT_BITS = 4
 
 Float32 = npt.NDArray[np.float32]
@@ -60,7 +62,7 @@ def four_bits(matrix: Float32) -> Grid:
     blocks = _blocks(matrix)
     low = blocks.min(-1)
     spread = blocks.max(-1) - low
-    scale = np.where(spread > 0, spread / 15, 1).astype(np.float32)
+    scale = _step(spread, 15)
     exact = _find_steps(blocks - low[..., None], spread, scale, range(15, 0, -1))
     codes = np.clip(np.rint((blocks - low[..., None]) / scale[..., None]), 0, 15).astype(np.uint8)
     return Grid(4, codes, scale, (-low / scale).astype(np.float32), matrix.shape[1], exact)
@@ -70,7 +72,7 @@ def eight_bits(matrix: Float32) -> Grid:
     """255 levels a block around zero, as GGUF's Q8_0; `matrix` is [rows, columns]."""
     blocks = _blocks(matrix)
     peak = np.abs(blocks).max(-1)
-    scale = np.where(peak > 0, peak / 127, 1).astype(np.float32)
+    scale = _step(peak, 127)
     exact = _find_steps(blocks, peak, scale, range(127, 112, -1))
     codes = (np.clip(np.rint(blocks / scale[..., None]), -127, 127) + 128).astype(np.uint8)
     return Grid(8, codes, scale, np.full_like(scale, 128), matrix.shape[1], exact)
@@ -84,7 +86,7 @@ def shift_codes(shift: Float32) -> tuple[Codes, Float32, Codes]:
     blocks = _blocks(shift)
     levels = 2**_SHIFT_BITS - 1
     low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
-    scale = np.where(high > low, (high - low) / levels, 1).astype(np.float32)
+    scale = _step(high - low, levels)
     zero = np.clip(np.rint(-low / scale), 0, levels).astype(np.uint8)
     codes = np.clip(np.rint(blocks / scale[..., None]) + zero[..., None], 0, levels).astype(np.uint8)
     return codes, scale, zero
@@ -106,23 +108,32 @@ def _blocks(matrix: Float32) -> Float32:
     return padded.reshape(rows, -1, BLOCK)
 
 
+def _step(spread: Float32, levels: int) -> Float32:
+    """`spread` in `levels` steps; 1 where that would be zero, in blocks of equal weights or of the least subnormal ones."""
+    step: Float32 = (spread / np.float32(levels)).astype(np.float32)
+    step[step == 0] = 1
+    return step
+
+
 def _find_steps(offsets: Float32, spread: Float32, scale: Float32, levels: range) -> float:
     """Where the offsets of a block are multiples of spread / level for one of `levels`, put that step into `scale`.
 
     Returns the share of blocks for which it was so; blocks of equal weights count as found.
     """
-    rest = np.flatnonzero(spread > 0)
-    if not len(rest):
-        return 1.0
     flat, spreads, scales = offsets.reshape(-1, BLOCK), spread.reshape(-1), scale.reshape(-1)
-    total = len(spreads)
-    for level in levels:
-        step = spreads[rest] / level
-        positions = flat[rest] / step[:, None]
-        fits = (np.abs(positions - np.rint(positions)) < _TOLERANCE).all(-1)
-        scales[rest[fits]] = step[fits]
-        rest = rest[~fits]
-        # Weights that were never quantized fit no grid: a sample of the first levels tells, and the search ends.
-        if not len(rest) or (level == levels[2] and len(rest) > 0.99 * total):
-            break
-    return 1 - len(rest) / total
+    rest = np.flatnonzero(spreads / np.float32(levels[0]))
+    sample = rest[:: len(rest) // _SAMPLE + 1]
+    if any(_fits(flat[sample], spreads[sample] / np.float32(level)).any() for level in levels):
+        for level in levels:
+            step = spreads[rest] / np.float32(level)
+            fits = _fits(flat[rest], step)
+            scales[rest[fits]] = step[fits]
+            rest = rest[~fits]
+    return 1 - len(rest) / len(spreads)
+
+
+def _fits(offsets: Float32, step: Float32) -> npt.NDArray[np.bool_]:
+    """[blocks]: whether all of a block's offsets [blocks, BLOCK] are multiples of its step."""
+    positions = offsets / step[:, None]
+    fits: npt.NDArray[np.bool_] = (np.abs(positions - np.rint(positions)) < _TOLERANCE).all(-1)
+    return fits

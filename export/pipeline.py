@@ -1,9 +1,6 @@
 """The whole way from a recipe to a published bundle."""
 
-import errno
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +13,7 @@ import msgspec
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
-from export import decoder, graph, quantize, sampler, source, tokenizer, verify
+from export import decoder, fuse, graph, publish, quantize, sampler, source, tokenizer, verify
 from export.errors import ExportError, UnsupportedModel
 from export.recipe import Build, Recipe
 from runtime import bundle
@@ -87,9 +84,10 @@ class Export:
             stage.note = f"{len(seen.layers)} layers, {sum(layer.fused for layer in seen.layers)} with fused attention"
         with self._stage("trace") as stage:
             traced = decoder.trace(model, seen)
+            fuse.fuse(traced)
             stage.note = f"{sum(1 for _ in traced.graph)} operators"
         folder = self.engines / recipe.name
-        with _workshop(self.engines, recipe.name) as workshop:
+        with publish.workshop(self.engines, recipe.name) as workshop:
             tokenizer.write_text(text, workshop)
             job = _Job(self, model, traced, seen, workshop, text, sample)
             variants = tuple(job.build(build) for build in recipe.variants)
@@ -103,13 +101,13 @@ class Export:
                 stop_ids=text.stop_ids,
                 bos_id=text.bos_id,
                 files=tuple(bundle.describe(workshop, name) for name in _text_files(workshop)),
-                variants=(*variants, *_kept(folder, workshop, checkpoint.source, {v.name for v in variants})),
+                variants=(*variants, *publish.keep_variants(folder, workshop, checkpoint.source, {v.name for v in variants})),
                 created=int(time.time()),
             )
             with self._stage("publish") as stage:
                 (workshop / bundle.MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
                 bundle.read(workshop)
-                _replace(folder, workshop)
+                publish.replace(folder, workshop)
                 stage.note = str(folder)
         return folder
 
@@ -256,52 +254,3 @@ def _read(text: Path) -> str:
 
 def _text_files(folder: Path) -> list[str]:
     return [name for name in (bundle.TOKENIZER, bundle.TEMPLATE) if (folder / name).exists()]
-
-
-@contextmanager
-def _workshop(engines: Path, name: str) -> Iterator[Path]:
-    """A folder beside the bundle-to-be, which is gone afterwards whatever happens."""
-    folder = engines / f".{name}.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(engines).free >> 20
-            raise ExportError(
-                f"the disk that holds {engines} is full ({free} MiB free): {error.strerror}; free some space or give "
-                "another folder with --engines. Nothing was published"
-            ) from error
-        raise ExportError(f"{engines} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _kept(old: Path, workshop: Path, origin: bundle.Source, built: set[str]) -> tuple[Variant, ...]:
-    """The older bundle's other variants, their files linked into the new one."""
-    try:
-        previous = bundle.read(old)
-    except bundle.BundleError:
-        return ()
-    if previous.source.sha256 is None or previous.source.sha256 != origin.sha256:
-        return ()
-    kept = tuple(variant for variant in previous.variants if variant.name not in built)
-    for file in (file for variant in kept for file in variant.files):
-        target = workshop / file.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.link(old / file.path, target)
-    return kept
-
-
-def _replace(folder: Path, workshop: Path) -> None:
-    """Put `workshop` in the place of `folder`; a rename, so that a reader sees the old bundle or the new one."""
-    retired = workshop.with_name(workshop.name + ".old")
-    if folder.exists():
-        folder.rename(retired)
-    try:
-        workshop.rename(folder)
-    except OSError:
-        if retired.exists():
-            retired.rename(folder)
-        raise
-    shutil.rmtree(retired, ignore_errors=True)

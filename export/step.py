@@ -48,6 +48,7 @@ class StepModule(torch.nn.Module):
         keys: list[torch.Tensor],
         values: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
+        """The step as it is traced: (logits [rows, vocab] float32, every layer's keys, every layer's values)."""
         layers = self.survey.layers
         cache = SlotCache(
             Step(position_ids, kv_lengths, kv_range),
@@ -87,7 +88,8 @@ class StepModule(torch.nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        return output.logits[0].float()
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
 
     def _tables(self) -> dict[int, int]:
         # By identity, and looked up in each run: the exporter puts other tensors in the weights' places.

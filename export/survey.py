@@ -39,11 +39,11 @@ def survey(model: PreTrainedModel) -> Survey:
     logits in steps than its own plain forward pass gives.
     """
     name = type(model).__name__
-    vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    vocab = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     prompts = probe_tokens(vocab, 2 * PROBE_TOKENS).reshape(2, PROBE_TOKENS)
     tables: dict[str, int] = {}
     with _watching_tables(model, tables):
-        plain = [model(input_ids=prompt[None], use_cache=False).logits[0].float() for prompt in prompts]
+        plain = [_plain(model, prompt) for prompt in prompts]
     prepare(model)
     positions = torch.arange(PROBE_TOKENS)
     cache = SlotCache(Step(positions[None], torch.tensor([PROBE_TOKENS], dtype=torch.int32), positions))
@@ -62,6 +62,19 @@ def survey(model: PreTrainedModel) -> Survey:
     seen = Survey(layers, tables)
     _check_steps(model, seen, prompts, plain)
     return seen
+
+
+def _plain(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
+    """Logits [len(prompt), vocab] of one pass without a cache."""
+    try:
+        logits: torch.Tensor = model(input_ids=prompt[None], use_cache=False).logits
+    except Exception as error:
+        raise UnsupportedModel(f"{type(model).__name__} does not run on tokens alone: {_words(error)}") from error
+    if logits.shape[:2] != (1, len(prompt)):
+        raise UnsupportedModel(
+            f"{type(model).__name__} gives logits {list(logits.shape)} for {len(prompt)} tokens, not one row for each of them"
+        )
+    return logits[0].float()
 
 
 def _check_steps(model: PreTrainedModel, seen: Survey, prompts: torch.Tensor, plain: list[torch.Tensor]) -> None:
@@ -88,10 +101,13 @@ def _run(module: StepModule, tokens: torch.Tensor, cache: SlotCache) -> torch.Te
     except UnsupportedModel:
         raise
     except Exception as error:
-        name, text = type(module.model).__name__, " ".join(str(error).split())
         raise UnsupportedModel(
-            f"{name} does not run on a cache that holds keys and values in slots and nothing else: {text} ({type(error).__name__})"
+            f"{type(module.model).__name__} does not run on a cache of keys and values in slots: {_words(error)}"
         ) from error
+
+
+def _words(error: Exception) -> str:
+    return f"{' '.join(str(error).split())[:300]} ({type(error).__name__})"
 
 
 def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:

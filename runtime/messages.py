@@ -5,6 +5,7 @@ then on it sends `Generate` and `Cancel`, and gets `Refused`, `Progress` and `He
 one `Refused` or one `Row` with a `finish`. Request ids are the front end's own; two front ends may use the same.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -125,6 +126,6 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
 
 Reply = Ready | Refused | Progress | Heartbeat
 
-encode = msgspec.msgpack.Encoder().encode
-decode_request = msgspec.msgpack.Decoder(Request).decode
-decode_reply = msgspec.msgpack.Decoder(Reply).decode
+encode: Callable[[Request | Reply], bytes] = msgspec.msgpack.Encoder().encode
+decode_request: Callable[[bytes], Request] = msgspec.msgpack.Decoder(Request).decode
+decode_reply: Callable[[bytes], Reply] = msgspec.msgpack.Decoder(Reply).decode

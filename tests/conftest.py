@@ -31,4 +31,5 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> P
     from tests import tiny
 
     engines = tmp_path_factory.mktemp("tiny") / "engines"
-    return tiny.exporting(engines, text=tiny.TEXT).run(tiny.recipe(tiny_model))
+    with tiny.tracing_once():
+        return tiny.exporting(engines, text=tiny.TEXT).run(tiny.recipe(tiny_model))

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from export import decoder, graph, sampler
+from export import decoder, fuse, graph, sampler
 from runtime.bundle import Layer, Variant
 from runtime.engine import Batch, Draw
 from runtime.ort import OrtEngine
@@ -96,16 +97,33 @@ SIZES: dict[str, Any] = {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCAB,
     "n_shared_experts": 1,
+    "adapter_in_dim": 64,
+    "adapter_out_dim": 64,
+    "adapter_input_size": 64,
+    "hidden_size_global": 128,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": WINDOW,
+    "indexer_compress_ratio": 4,
 }
 """What becomes of a field, in whatever configuration it stands."""
 
 ECHOING = {
     *("biogpt", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma4_unified", "gemma4_unified_text"),
-    *("vaultgemma", "xglm"),
+    *("minicpm3", "vaultgemma", "xglm"),
 }
-"""Types whose tied and scaled embeddings drown the layers, so that the best next token is the last one; theirs are made small."""
+"""Types whose tied, scaled embeddings drown the layers: the best next token is the last one. Theirs are made small."""
+
+_ALL_SHARED = {
+    "num_hidden_layers": 2,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+}
 
 TYPES: dict[str, dict[str, Any]] = {
+    "blt": {"global_config": {"hidden_size": 128}},
     "cohere_compass_text": {
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -121,7 +139,11 @@ TYPES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_hidden_layers": 5, "num_kv_shared_layers": 2},
     "gemma4_text": {"num_hidden_layers": 5, "num_kv_shared_layers": 2, "global_head_dim": 32},
     "gemma4": {"text_config": {"num_hidden_layers": 5, "num_kv_shared_layers": 2, "global_head_dim": 32}},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "gemma4_assistant": {"backbone_hidden_size": 64, "text_config": {"model_type": "gemma4_text", **_ALL_SHARED}},
+    "gemma4_unified_assistant": {
+        "backbone_hidden_size": 64,
+        "text_config": {"model_type": "gemma4_unified_text", **_ALL_SHARED},
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hrm_text": {"num_layers_per_stack": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
@@ -130,6 +152,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {"index_n_heads": 2, "layer_types": ["full_attention", "minimax_m3_sparse"]},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "reformer": {"axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 16), "attention_head_size": 16},
+    "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "enable_pronunciation": False, "enable_shape": False},
     "xlnet": {"d_head": 16},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
@@ -162,12 +185,13 @@ def configuration(model_type: str) -> PreTrainedConfig:
 def model(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A random model of `model_type` in float32, the same for the same seed."""
     torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(configuration(model_type), attn_implementation="eager").eval().float()
+    config = configuration(model_type)
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
     for parameter in made.parameters():
         noise = torch.randn_like(parameter) * SPREAD
         parameter.data = noise if parameter.dim() > 1 else parameter.data + noise / 2
     if model_type in ECHOING:
-        made.get_input_embeddings().weight.data /= 8
+        next(made.get_input_embeddings().parameters()).data /= 8
     return made
 
 
@@ -175,6 +199,7 @@ def engine(made: PreTrainedModel, folder: Path, *, slots: int = 4, context: int 
     """Export `made` into `folder`, as `export` does it, and load it; the slots hold rubbish, as used ones do."""
     seen = decoder.survey(made)
     program = decoder.trace(made, seen)
+    fuse.fuse(program)
     vocab = int(made.get_output_embeddings().weight.shape[0])
     sampler.append_sampler(program, vocab)
     graph.tidy(program)
@@ -243,14 +268,15 @@ def logits(reference: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
 
 def _step(loaded: OrtEngine, slot: int, ids: Sequence[Sequence[int]], lengths: Sequence[int], rows: Sequence[int]) -> list[int]:
     batch = Batch(slot, np.array(ids, np.int64), np.array(lengths, np.int32), np.array(rows, np.int64), Draw.greedy(len(rows)))
-    return loaded.step(batch)[0].tolist()
+    tokens: list[int] = loaded.step(batch)[0].tolist()
+    return tokens
 
 
 def _shrunk(default: type[PreTrainedConfig], changes: dict[str, Any]) -> dict[str, Any]:
     """The arguments that make a small `default`: `SIZES` where it has the field, short layer lists, then `changes`."""
     try:
         base = default()
-    except ValueError:  # a type whose own defaults do not pass its own validation
+    except StrictDataclassError:  # a type whose own defaults do not pass its own validation
         base = default(**changes)
     values = vars(base)
     fields = set(default.__dataclass_fields__)

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 import torch
@@ -35,12 +35,34 @@ MEMORY = 16 << 30
 """Bytes of address space of one type's process."""
 
 
+Verdict = Literal["equal", "refused", "wrong", "failed"]
+"""`failed`: neither tokens nor a sentence, which is a fault of export or of the test's configuration."""
+
+INTRODUCTION = f"""# Architectures
+
+export has no code per model. What it can carry is found by trying every causal-LM type that the installed transformers
+knows, with a tiny random model each: traced, written, loaded by the ONNX Runtime engine, and run greedily over a ragged
+batch of {len(families.PROMPTS)} prompts ({", ".join(map(str, families.PROMPTS))} tokens) for {families.TOKENS} tokens
+each: prefill in chunks of {families.CHUNK}, decode of all rows at once. Sliding windows, attention chunks and sparse
+selections are {families.WINDOW} wide, so that every one of them is passed. Each token is compared with the best one of
+transformers' own plain forward pass over the same tokens (float32, eager attention).
+
+A type's result is not a promise for each of its checkpoints: one with other options may be refused. export compares
+every engine that it makes with transformers before it publishes a bundle. Text only: a multimodal type stands for what
+`AutoModelForCausalLM` makes of it, fed with tokens.
+"""
+
+EQUAL = f"""*fused*: GroupQueryAttention appends to the slot and attends. *explicit*: TensorScatter into the slot, then the
+model's own attention under a mask; right, but slower on long contexts. *ties*: tokens that differ where the reference's
+two best logits lie within {families.TIE:.0e} of the row's spread, where rounding decides.
+"""
+
+
 class Result(msgspec.Struct, frozen=True):
     """What became of one type."""
 
     model_type: str
-    verdict: Literal["equal", "refused", "wrong", "failed"]
-    """`failed`: neither tokens nor a sentence, which is a fault of export or of the test's configuration."""
+    verdict: Verdict
     detail: str
     """The sentence of a refusal, or what went wrong."""
     attention: str = ""
@@ -53,11 +75,15 @@ def judge(model_type: str) -> Result:
     """Make a tiny model of `model_type`, export it, and compare its tokens with those of transformers."""
     started = time.monotonic()
 
-    def result(verdict: Literal["equal", "refused", "wrong", "failed"], detail: str = "", **more: str | int) -> Result:
+    def result(verdict: Verdict, detail: str = "", **more: str | int) -> Result:
         return Result(model_type, verdict, detail, seconds=round(time.monotonic() - started, 1), **more)  # type: ignore[arg-type]
 
     try:
         model = families.model(model_type)
+    except Exception as error:
+        said = _line(str(error)).split(" You can ")[0]
+        return result("refused", f"transformers itself does not build it: {said} ({type(error).__name__})")
+    try:
         with tempfile.TemporaryDirectory() as folder:
             seen = families.compare(model, Path(folder))
     except UnsupportedModel as error:
@@ -66,7 +92,7 @@ def judge(model_type: str) -> Result:
         return result("failed", f"more than {MEMORY >> 30} GiB of memory")
     except Exception as error:
         return result("failed", f"{type(error).__name__}: {_line(str(error))}")
-    if seen.different:
+    if seen.different:  # export compares too, and refuses
         return result("wrong", seen.different[0], attention=_attention(seen), ties=seen.ties)
     return result("equal", attention=_attention(seen), ties=seen.ties)
 
@@ -99,10 +125,33 @@ def read() -> dict[str, Result]:
 
 def report(results: Iterable[Result]) -> str:
     """docs/architectures.md."""
-    by_verdict: dict[str, list[Result]] = {"equal": [], "refused": [], "wrong": [], "failed": []}
+    by_verdict: dict[str, list[Result]] = {verdict: [] for verdict in get_args(Verdict)}
     for result in results:
         by_verdict[result.verdict].append(result)
-    return "".join(f"{k} {len(v)}\n" for k, v in by_verdict.items())
+    equal, refused = by_verdict["equal"], by_verdict["refused"]
+    total = sum(map(len, by_verdict.values()))
+    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    counts = ", ".join(f"**{len(found)} {verdict}**" for verdict, found in by_verdict.items())
+    rows = [f"| {x.model_type} | {x.attention} | {x.ties or ''} |" for x in equal]
+    parts = [
+        INTRODUCTION,
+        f"Of {total} types, {counts}. Made with `make sweep` under {versions} and Python {platform.python_version()}.\n",
+        "## Equal\n",
+        EQUAL,
+        "| type | attention | ties |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n",
+        "## Refused\n",
+        "Export stops with this sentence and writes no bundle.\n",
+        _table(refused),
+    ]
+    for verdict in ("wrong", "failed"):
+        parts += [f"## {verdict.capitalize()}\n", _table(by_verdict[verdict]) if by_verdict[verdict] else "None.\n"]
+    return "\n".join(parts)
+
+
+def _table(results: Iterable[Result]) -> str:
+    lines = ["| type | why |", "| --- | --- |"]
+    lines += [f"| {result.model_type} | {result.detail.replace('|', '/')} |" for result in results]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -1,16 +1,21 @@
 """A tiny Llama with random weights, saved as a Hugging Face folder, and its bundle: quick to make, real all the way."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
+import pytest
 import torch
 from gguf import GGMLQuantizationType
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from export import decoder
 from export.pipeline import Export
 from export.recipe import Build, ModelReference, Recipe
 
@@ -106,6 +111,27 @@ def write_model(folder: Path) -> Path:
     )
     wrapped.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def tracing_once() -> Iterator[None]:
+    """While this lasts, the tiny model is traced at its first export, and the graph of that serves the others.
+
+    Tracing is most of an export's time, and depends on nothing but the model's code.
+    """
+    real = decoder.trace
+
+    def remembered(model: PreTrainedModel, seen: decoder.Survey) -> ir.Model:
+        if not _traced:
+            _traced.append(real(model, seen))
+        return _traced[0].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "trace", remembered)
+        yield
+
+
+_traced: list[ir.Model] = []
 
 
 def recipe(model: Path, *builds: Build) -> Recipe:

@@ -163,7 +163,7 @@ def test_given_a_manifest_of_another_format_when_read_then_both_formats_are_name
     ("how", "place"),
     [
         (lambda manifest: manifest.update(colour="red"), "colour"),
-        (lambda manifest: manifest["variants"][1].update(colour="red"), r"colour` - at `$.variants[...]"),
+        (lambda manifest: manifest["variants"][1].update(colour="red"), "colour` - at `$.variants[1]"),
         (lambda manifest: manifest["variants"][1].update(precision="int3"), "int3"),
         (lambda manifest: manifest["variants"][1]["layers"][0].pop("kv_heads"), "kv_heads"),
         (lambda manifest: manifest.update(vocab_size="many"), "$.vocab_size"),
@@ -202,7 +202,8 @@ def test_given_a_path_outside_the_folder_when_read_then_it_is_refused(folder: Pa
 def test_given_a_path_that_leads_nowhere_when_read_then_it_is_refused(folder: Path, path: str) -> None:
     (folder / "circle").symlink_to(folder / "circle")
     change(folder, lambda manifest: manifest["files"].append({"path": path, "sha256": "", "size": 1}))
-    assert f"names {path!r}, which cannot be looked up" in refusal(folder)
+    sentences = (f"names {path!r}, which cannot be looked up", f"{folder / path} is missing")  # as the Python version has it
+    assert any(sentence in refusal(folder) for sentence in sentences)
     assert AGAIN in refusal(folder)
 
 

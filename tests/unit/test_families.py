@@ -31,7 +31,10 @@ NAMED = (
     "mixtral",
     "gpt_oss",
 )
-SLIDING = {"mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "starcoder2", "qwen3_moe", "mixtral", "gpt_oss"}
+SLIDING = {
+    *("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "starcoder2", "qwen3_moe", "mixtral"),
+    "gpt_oss",
+}
 EXPLICIT = {"falcon"}
 
 

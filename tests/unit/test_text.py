@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from runtime.bundle import FORMAT, Bundle, BundleError, Source
+from runtime.bundle import FORMAT, Bundle, BundleError, File, Source
 from runtime.template import ChatTemplate
 from runtime.text import Text, TextError
 
@@ -260,6 +260,9 @@ def test_a_single_token_is_told_in_text_and_bytes() -> None:
     assert spaced.token_bytes(id_of(byte_fallback(), "<0xE2>")) == b"\xe2"
 
 
+TEMPLATE_FILE = (File("chat_template.jinja", "", 0),)
+
+
 def bundle(**changes: Any) -> Bundle:
     fields: dict[str, Any] = {"vocab_size": 500, "max_length": 64, "stop_ids": (2,), "bos_id": 1, "files": (), "variants": ()}
     return Bundle(FORMAT, "tiny", Source("folder", "tiny"), "llama", **(fields | {"created": 0} | changes))
@@ -270,7 +273,7 @@ def test_a_bundle_is_loaded_with_its_template_and_its_special_tokens(tmp_path: P
     (tmp_path / "chat_template.jinja").write_text(
         "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
     )
-    text = Text.load(tmp_path, bundle())
+    text = Text.load(tmp_path, bundle(files=TEMPLATE_FILE))
     assert text.has_template
     assert text.chat([{"role": "user", "content": "the"}]) == [1, *text.encode("the", special=False), 2]
 
@@ -278,13 +281,15 @@ def test_a_bundle_is_loaded_with_its_template_and_its_special_tokens(tmp_path: P
 def test_a_conversation_that_no_prompt_can_hold_is_refused_before_it_is_tokenized(tmp_path: Path) -> None:
     byte_level().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    text = Text.load(tmp_path, bundle(max_length=4))
+    text = Text.load(tmp_path, bundle(max_length=4, files=TEMPLATE_FILE))
     with pytest.raises(TextError, match="more than a prompt of this model can hold"):
         text.chat([{"role": "user", "content": "x" * 1000}])
 
 
 def test_a_model_without_a_template_does_not_chat(tmp_path: Path) -> None:
+    """A file that the manifest does not list is none of the bundle's: nobody has its hash."""
     byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
     text = Text.load(tmp_path, bundle())
     assert not text.has_template
     with pytest.raises(TextError, match="has no chat template"):
@@ -306,4 +311,4 @@ def test_a_damaged_text_side_is_named(tmp_path: Path, file: str, content: str | 
     if content is not None:
         (tmp_path / file).write_text(content)
     with pytest.raises(BundleError, match=rf"{file} cannot be read .*export the model again"):
-        Text.load(tmp_path, bundle())
+        Text.load(tmp_path, bundle(files=TEMPLATE_FILE))

@@ -1,0 +1,170 @@
+"""Fewer and larger operators: at batch 1 a step of a small model is as much launching as computing.
+
+Every rewrite is local, exact up to the order of float sums, and asks for nothing but its own pattern:
+
+* attention takes [batch, seq, heads * dim]: the detours through [batch, heads, seq, dim] around rotary embeddings go;
+* a residual sum and the RMS norm that reads it become one operator;
+* products of one activation with several weights (q, k and v; gate and up) become one product.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+_HEADS_OUT = (0, 2, 1, 3)
+"""The permutation between [batch, seq, heads, dim] and [batch, heads, seq, dim]; its own inverse."""
+
+
+def fuse(model: ir.Model) -> None:
+    """Rewrite `model` in place."""
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type == "GroupQueryAttention":
+            for index in range(3):
+                _flatten_heads(graph, node, index)
+    for node in list(graph):
+        if node.op_type == "Reshape":
+            _drop_round_trip(node)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    for node in list(graph):
+        if node.op_type == "RMSNormalization":
+            _add_to_norm(graph, node)
+    _merge_products(graph)
+    model.opset_imports["com.microsoft"] = 1
+
+
+def _flatten_heads(graph: ir.Graph, attention: ir.Node, index: int) -> None:
+    """Reshape(Transpose(Rotary(Transpose(z)))) -> Rotary(Reshape(z)), for an input of attention."""
+    reshape = _producer(attention.inputs[index], "Reshape")
+    transpose = _producer(_first(reshape), "Transpose")
+    rotary = _producer(_first(transpose), "RotaryEmbedding")
+    before = _producer(_first(rotary), "Transpose")
+    if reshape is None or transpose is None or rotary is None or before is None:
+        return
+    if any(tuple(t.attributes["perm"].as_ints()) != _HEADS_OUT for t in (transpose, before)) or len(rotary.inputs) > 3:
+        return
+    heads = before.inputs[0]
+    if heads is None or heads.shape is None or not isinstance(heads.shape[2], int):
+        return
+    flat = ir.node("Reshape", [heads, reshape.inputs[1]], {"allowzero": 1})
+    _describe(flat.outputs[0], reshape.outputs[0])
+    interleaved = rotary.attributes.get("interleaved")
+    turned = ir.node(
+        "RotaryEmbedding",
+        [flat.outputs[0], *rotary.inputs[1:]],
+        {"num_heads": heads.shape[2], "interleaved": 0 if interleaved is None else interleaved.as_int()},
+    )
+    dimensions = rotary.attributes.get("rotary_embedding_dim")
+    if dimensions is not None:
+        turned.attributes.add(dimensions)
+    _describe(turned.outputs[0], reshape.outputs[0])
+    graph.insert_before(attention, [flat, turned])
+    attention.replace_input_with(index, turned.outputs[0])
+
+
+def _drop_round_trip(node: ir.Node) -> None:
+    """Reshape(Reshape(x)) with x's own shape -> x."""
+    inner = _producer(node.inputs[0], "Reshape")
+    if inner is None:
+        return
+    source, out = inner.inputs[0], node.outputs[0]
+    if source is None or source.shape is None or out.shape is None or out.is_graph_output():
+        return
+    if all(_same(a, b) for a, b in zip(source.shape, out.shape, strict=False)) and len(source.shape) == len(out.shape):
+        ir.convenience.replace_all_uses_with(out, source)
+
+
+def _add_to_norm(graph: ir.Graph, norm: ir.Node) -> None:
+    """RMSNormalization(a + b) -> SkipSimplifiedLayerNormalization(a, b), which gives the sum, too."""
+    total, gamma = norm.inputs[0], norm.inputs[1]
+    add = _producer(total, "Add")
+    axis = norm.attributes.get("axis")
+    if add is None or total is None or gamma is None or len(gamma.shape or ()) != 1 or total.is_graph_output():
+        return
+    if axis is not None and axis.as_int() not in (-1, 2):
+        return
+    left, right = add.inputs
+    shapes = [value.shape for value in (left, right, total) if value is not None]
+    if any(shape is None or len(shape) != 3 for shape in shapes):
+        return
+    if not all(_same(a, b) for shape in shapes[:2] for a, b in zip(shape or (), shapes[2] or (), strict=True)):
+        return
+    epsilon = norm.attributes["epsilon"].as_float() if "epsilon" in norm.attributes else 1e-5
+    fused = ir.node(
+        "SkipSimplifiedLayerNormalization",
+        [left, right, gamma],
+        {"epsilon": epsilon},
+        domain="com.microsoft",
+        num_outputs=4,
+    )
+    normed, _mean, _deviation, summed = fused.outputs
+    _mean.name = _deviation.name = ""
+    graph.insert_before(add, fused)
+    for new, old in ((normed, norm.outputs[0]), (summed, total)):
+        name = old.name
+        _describe(new, old)
+        ir.convenience.replace_all_uses_with(old, new)
+        old.name, new.name = f"{name}.unfused", name
+    graph.remove(norm, safe=True)
+    graph.remove(add, safe=True)
+
+
+def _merge_products(graph: ir.Graph) -> None:
+    """MatMuls of one activation with constant weights -> one MatMul and a Split."""
+    readers: dict[ir.Value, list[ir.Node]] = {}
+    for node in graph:
+        if node.op_type == "MatMul" and node.inputs[0] is not None and _constant(node.inputs[1]) is not None:
+            readers.setdefault(node.inputs[0], []).append(node)
+    for x, nodes in readers.items():
+        if len(nodes) > 1:
+            _merge(graph, x, nodes)
+
+
+def _merge(graph: ir.Graph, x: ir.Value, nodes: list[ir.Node]) -> None:
+    weights = [tensor.numpy() for node in nodes if (tensor := _constant(node.inputs[1])) is not None]
+    joined = np.concatenate(weights, axis=1)
+    name = f"{nodes[0].outputs[0].name}.joined"
+    weight = _register(graph, f"{name}.weight", joined)
+    sizes = _register(graph, f"{name}.sizes", np.array([w.shape[1] for w in weights]))
+    product = ir.node("MatMul", [x, weight])
+    product.outputs[0].name = name
+    if nodes[0].outputs[0].shape is not None:
+        product.outputs[0].shape = ir.Shape([*nodes[0].outputs[0].shape.dims[:-1], joined.shape[1]])
+        product.outputs[0].type = nodes[0].outputs[0].type
+    split = ir.node("Split", [product.outputs[0], sizes], {"axis": -1}, num_outputs=len(nodes))
+    graph.insert_before(nodes[0], [product, split])
+    for node, part in zip(nodes, split.outputs, strict=True):
+        _describe(part, node.outputs[0])
+        part.name = node.outputs[0].name
+        ir.convenience.replace_all_uses_with(node.outputs[0], part, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
+
+def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op_type else None
+
+
+def _first(node: ir.Node | None) -> ir.Value | None:
+    return node.inputs[0] if node is not None else None
+
+
+def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    if value is None or value.producer() is not None or value.const_value is None or len(value.const_value.shape) != 2:
+        return None
+    return value.const_value
+
+
+def _same(left: object, right: object) -> bool:
+    """Two dimensions are the same number or the same symbol."""
+    return left == right and str(left) != "None"
+
+
+def _describe(value: ir.Value, like: ir.Value) -> None:
+    value.shape, value.type = like.shape, like.type
+
+
+def _register(graph: ir.Graph, name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value

@@ -1,0 +1,77 @@
+"""How a bundle comes into being: built in a hidden folder beside its place, then renamed, so that it is whole or not there."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from export.errors import ExportError
+from runtime import bundle
+from runtime.bundle import Source, Variant
+
+
+@contextmanager
+def workshop(engines: Path, name: str) -> Iterator[Path]:
+    """A folder in `engines` for the bundle-to-be, which is gone afterwards whatever happens.
+
+    Turns errors of the disk into ExportError. Folders that a killed export has left behind are removed first.
+    """
+    folder = engines / f".{name}.{os.getpid()}"
+    try:
+        _sweep(engines, name)
+        folder.mkdir(parents=True)
+        yield folder
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(engines).free >> 20
+            raise ExportError(
+                f"the disk that holds {engines} is full ({free} MiB free): {error.strerror}; free some space or give "
+                "another folder with --engines. Nothing was published"
+            ) from error
+        raise ExportError(f"{engines} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def keep_variants(old: Path, new: Path, origin: Source, built: set[str]) -> tuple[Variant, ...]:
+    """Carry the variants of the bundle `old` that are not `built` into the folder `new`, if its weights are the same."""
+    try:
+        previous = bundle.read(old)
+    except bundle.BundleError:
+        return ()
+    if previous.source.sha256 is None or previous.source.sha256 != origin.sha256:
+        return ()
+    kept = tuple(variant for variant in previous.variants if variant.name not in built)
+    for file in (file for variant in kept for file in variant.files):
+        target = new / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(old / file.path, target)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(old / file.path, target)
+    return kept
+
+
+def replace(folder: Path, new: Path) -> None:
+    """Put `new` in the place of `folder` by renaming: a reader sees the old bundle or the new one."""
+    retired = new.with_name(new.name + ".old")
+    if folder.exists():
+        folder.rename(retired)
+    try:
+        new.rename(folder)
+    except OSError:
+        if retired.exists():
+            retired.rename(folder)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _sweep(engines: Path, name: str) -> None:
+    for left in engines.glob(f".{name}.*"):
+        pid = left.name.removeprefix(f".{name}.").partition(".")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,172 @@
+"""The worker process as a front end meets it: a socket, messages, life and death."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import zmq
+
+from runtime import messages
+from runtime.messages import Attach, Cancel, Generate, Heartbeat, Progress, Ready, Refused, Reply, Row
+
+ROOT = Path(__file__).parents[2]
+
+
+class Front:
+    """A front end: a DEALER socket that keeps what is of no interest yet."""
+
+    def __init__(self, address: str) -> None:
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.connect(address)
+
+    def send(self, message: messages.Request) -> None:
+        self.socket.send(messages.encode(message))
+
+    def receive(self, seconds: float = 30) -> Reply:
+        assert self.socket.poll(int(seconds * 1000)), f"nothing came within {seconds} s"
+        return messages.decode_reply(self.socket.recv())
+
+    def wait_ready(self) -> Ready:
+        self.send(Attach())
+        while not isinstance(reply := self.receive(), Ready):
+            pass
+        return reply
+
+    def rows(self, request_id: str) -> list[Row]:
+        """The rows of a request up to its finish."""
+        rows: list[Row] = []
+        while not rows or rows[-1].finish is None:
+            reply = self.receive()
+            if isinstance(reply, Progress):
+                rows += [row for row in reply.rows if row.id == request_id]
+        return rows
+
+    def beat(self) -> Heartbeat:
+        """The next heartbeat."""
+        while not isinstance(reply := self.receive(), Heartbeat):
+            pass
+        return reply
+
+
+@contextmanager
+def worker(bundle: Path, address: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "runtime.worker", f"--bundle={bundle}", "--variant=cpu-fp32", f"--socket={address}"]
+    defaults = ["--slots=2", "--context=256", "--queue=1", "--threads=1"]
+    process = subprocess.Popen([*command, *defaults, *options], cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/worker.sock"
+
+
+def test_a_request_runs_and_the_heartbeat_counts_it(tiny_bundle: Path, address: str) -> None:
+    with worker(tiny_bundle, address):
+        front = Front(address)
+        ready = front.wait_ready()
+        assert (ready.slots, ready.context, ready.queue) == (2, 256, 1)
+        front.send(Generate("a", [5, 6, 7], max_tokens=4))
+        rows = front.rows("a")
+        assert sum(len(row.tokens) for row in rows) == 4
+        assert rows[-1].finish == "length"
+        front.beat()
+        beat = front.beat()
+        assert (beat.running, beat.waiting, beat.prompt_tokens, beat.generated_tokens) == (0, 0, 3, 4)
+
+
+def test_two_front_ends_may_use_the_same_request_id(tiny_bundle: Path, address: str) -> None:
+    with worker(tiny_bundle, address):
+        one, two = Front(address), Front(address)
+        one.wait_ready()
+        two.wait_ready()
+        one.send(Generate("same", [5, 6, 7], max_tokens=9))
+        two.send(Generate("same", [9, 9], max_tokens=5))
+        assert sum(len(row.tokens) for row in two.rows("same")) == 5
+        assert sum(len(row.tokens) for row in one.rows("same")) == 9
+
+
+def test_cancelling_and_refusing(tiny_bundle: Path, address: str) -> None:
+    with worker(tiny_bundle, address):
+        front = Front(address)
+        front.wait_ready()
+        front.send(Generate("long", [5], max_tokens=250))
+        front.send(Generate("too long", [5] * 256, max_tokens=1))
+        front.send(Cancel("long"))
+        front.send(Cancel("never heard of"))
+        seen: dict[str, Reply] = {}
+        while len(seen) < 2:
+            reply = front.receive()
+            if isinstance(reply, Refused):
+                seen["refused"] = reply
+            elif isinstance(reply, Progress) and reply.rows[-1].finish == "cancelled":
+                seen["cancelled"] = reply
+        assert isinstance(seen["refused"], Refused)
+        assert seen["refused"].reason == "prompt too long"
+
+
+def test_a_front_end_that_dies_frees_its_slots(tiny_bundle: Path, address: str) -> None:
+    with worker(tiny_bundle, address):
+        dying, living = Front(address), Front(address)
+        dying.wait_ready()
+        living.wait_ready()
+        for i in range(3):
+            dying.send(Generate(f"r{i}", [5], max_tokens=250))
+        while not isinstance(dying.receive(), Progress):
+            pass
+        dying.socket.close()
+        deadline = time.monotonic() + 10
+        while (beat := living.beat()).running or beat.waiting:
+            assert time.monotonic() < deadline, "the dead front end's requests still run"
+        living.send(Generate("mine", [5], max_tokens=2))
+        assert living.rows("mine")[-1].finish == "length"
+
+
+def test_nonsense_on_the_socket_is_ignored(tiny_bundle: Path, address: str) -> None:
+    with worker(tiny_bundle, address):
+        front = Front(address)
+        front.wait_ready()
+        for frame in (b"", b"\xff\xff", b"{}", messages.encode(front.beat())):
+            front.socket.send(frame)
+        front.socket.send_multipart([b"two", b"frames"])
+        front.send(Generate("a", [5], max_tokens=2))
+        assert front.rows("a")[-1].finish == "length"
+
+
+def test_the_worker_ends_with_its_parent_also_in_the_middle_of_work(tiny_bundle: Path, address: str) -> None:
+    with worker(tiny_bundle, address) as process:
+        front = Front(address)
+        front.wait_ready()
+        front.send(Generate("long", [5], max_tokens=250))
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(10) == 0
+
+
+def test_ctrl_c_in_the_terminal_is_the_parents_affair(tiny_bundle: Path, address: str) -> None:
+    with worker(tiny_bundle, address) as process:
+        front = Front(address)
+        front.wait_ready()
+        process.send_signal(signal.SIGINT)
+        front.send(Generate("a", [5], max_tokens=2))
+        assert front.rows("a")[-1].finish == "length"
+
+
+def test_an_engine_that_cannot_be_loaded_ends_the_worker_with_a_sentence(tmp_path: Path, address: str) -> None:
+    with worker(tmp_path, address) as process:
+        assert process.wait(60) == 2
+        assert process.stderr is not None
+        message = process.stderr.read().decode()
+        assert "no engine bundle" in message
+        assert "engineshed export" in message
+        assert "Traceback" not in message
