@@ -26,7 +26,7 @@ class Survey:
 
 
 class StepModule(torch.nn.Module):
-    """`model` as the step contract wants it; see docs/bundle.md for the contract's inputs and outputs."""
+    """`model` as the step contract wants it; see docs/design.md for the contract's inputs and outputs."""
 
     def __init__(self, model: PreTrainedModel, survey: Survey) -> None:
         super().__init__()

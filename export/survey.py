@@ -50,7 +50,7 @@ def survey(model: PreTrainedModel) -> Survey:
     got = _run(StepModule(model, Survey([], tables)), prompts[:1], cache)
     if not cache.keys:
         raise UnsupportedModel(f"{name} wrote no keys and values to its cache, so it cannot decode in steps")
-    if (difference := _difference(got, plain[0])) > _TOLERANCE:
+    if not (difference := _difference(got, plain[0])) <= _TOLERANCE:  # so that NaN does not pass
         raise UnsupportedModel(
             f"{name} gives other logits through a cache than without one (by {difference:.1e} of the largest); it does "
             "something with its cache that the step contract lacks"
@@ -87,7 +87,7 @@ def _check_steps(model: PreTrainedModel, seen: Survey, prompts: torch.Tensor, pl
         cache = SlotCache(Step(positions, lengths, torch.arange(int(lengths.max()))), keys, values)
         got = _run(module, prompts.gather(1, positions), cache)
         expected = torch.cat([logits[start:end] for logits, (start, end) in zip(plain, rows, strict=True)])
-        if (difference := _difference(got, expected)) > _TOLERANCE:
+        if not (difference := _difference(got, expected)) <= _TOLERANCE:
             raise UnsupportedModel(
                 f"{type(model).__name__} gives other logits in steps of several rows than in one pass (by {difference:.1e} of "
                 "the largest); it reads more of its past than positions, mask and cache carry"

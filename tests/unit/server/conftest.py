@@ -17,7 +17,8 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endf
 def bundle() -> Bundle:
     engine = File("cpu-int4/model.onnx", "0123456789abcdef", 1)
     variant = Variant("cpu-int4", "cpu", "int4", "float32", engine.path, (engine,), (), "test")
-    return Bundle(1, "tiny", Source("folder", "tiny"), "llama", 256, 64, (255,), None, (), (variant,), 1_700_000_000)
+    texts = (File(TOKENIZER, "0123", 1), File(TEMPLATE, "4567", 1))
+    return Bundle(1, "tiny", Source("folder", "tiny"), "llama", 256, 64, (255,), None, texts, (variant,), 1_700_000_000)
 
 
 @pytest.fixture
