@@ -19,10 +19,12 @@ from tests.unit.server.house import House
 
 
 def publish(engines: Path, name: str, bundle: Bundle) -> None:
-    """Write a bundle whose engine is one byte."""
+    """Write a bundle whose engine, tokenizer and template are one byte each."""
     folder = engines / name
     (folder / "cpu-int4").mkdir(parents=True)
     (folder / "cpu-int4/model.onnx").write_bytes(b"x")
+    for file in bundle.files:
+        (folder / file.path).write_bytes(b"0")
     (folder / MANIFEST).write_bytes(msgspec.json.encode(msgspec.structs.replace(bundle, name=name)))
 
 
