@@ -37,7 +37,7 @@ COMMANDS = {
     "export": Command("export.cli", "compile a Hugging Face model into an engine bundle", extra="export"),
     "serve": Command("server.serve", "serve a bundle over HTTP"),
     "chat": Command("server.chat", "chat with a running server in the terminal"),
-    "bench": Command("bench.cli", "measure a server's latency and throughput"),
+    "bench": Command("bench.cli", "measure an engine's or a server's latency and throughput"),
     "engines": Command("server.engines", "list the bundles that have been built"),
 }
 

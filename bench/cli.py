@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -34,10 +35,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engines", type=Path, default=Path("engines"), help="folder of the bundles (default: %(default)s)")
     parser.add_argument("--variant", nargs="+", help="variants to measure (default: every cpu variant of the bundle)")
     parser.add_argument("--url", help="measure the server at this address instead, as http://127.0.0.1:8000")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8], help="concurrent streams (default: 1 8)")
-    parser.add_argument("--prompt-tokens", type=int, default=128, help="length of a prompt (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=64, help="length of an answer (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each measurement (default: %(default)s)")
+    parser.add_argument("--streams", type=_at_least(1), nargs="+", default=[1, 8], help="concurrent streams (default: 1 8)")
+    parser.add_argument("--prompt-tokens", type=_at_least(1), default=128, help="length of a prompt (default: %(default)s)")
+    parser.add_argument("--tokens", type=_at_least(2), default=64, help="length of an answer (default: %(default)s)")
+    parser.add_argument("--repeats", type=_at_least(1), default=3, help="runs of each measurement (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
 
 
@@ -50,9 +51,10 @@ def run(args: argparse.Namespace) -> int:
                 served.measure(args.url, args.model, args.streams, args.prompt_tokens, args.tokens, args.repeats)
             )
         else:
-            console.print(f"memory reads at {engine.read_bandwidth() / 1e9:.1f} GB/s with all cores")
+            bandwidth = engine.read_bandwidth()
+            console.print(f"memory reads at {bandwidth / 1e9:.1f} GB/s with all cores")
             results = engine.measure(
-                args.engines / args.model, args.variant, args.streams, args.prompt_tokens, args.tokens, args.repeats
+                args.engines / args.model, args.variant, args.streams, args.prompt_tokens, args.tokens, args.repeats, bandwidth
             )
     except (BundleError, EngineError, served.ServerError) as error:
         print(f"engineshed bench: {error}", file=sys.stderr)
@@ -61,6 +63,17 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         args.json.write_bytes(msgspec.json.format(msgspec.json.encode({"machine": machine(), "results": results}), indent=2))
     return 0
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """An argument's type: a whole number, `least` or more."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+        return int(text)
+
+    return number
 
 
 def machine() -> str:

@@ -19,14 +19,22 @@ _BUFFER = 1 << 28
 
 
 def measure(
-    folder: Path, variants: list[str] | None, streams: list[int], prompt_tokens: int, tokens: int, repeats: int
+    folder: Path,
+    variants: list[str] | None,
+    streams: list[int],
+    prompt_tokens: int,
+    tokens: int,
+    repeats: int,
+    bandwidth: float,
 ) -> list[Result]:
-    """Each variant at each number of streams; raises BundleError or EngineError."""
+    """Each variant at each number of streams; `bandwidth` is the memory's, in bytes a second.
+
+    Raises BundleError or EngineError.
+    """
     manifest = bundle.read(folder)
     chosen = [manifest.variant(name) for name in variants or [v.name for v in manifest.variants if v.target == "cpu"]]
     if prompt_tokens + tokens > manifest.max_length:
         raise EngineError(f"{prompt_tokens} + {tokens} tokens are more than the model's {manifest.max_length}")
-    bandwidth = read_bandwidth()
     loops = {}
     for variant in chosen:
         engine = ort.load(folder, variant.name, slots=max(streams), context=prompt_tokens + tokens)

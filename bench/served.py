@@ -5,6 +5,7 @@ import json
 import time
 
 import aiohttp
+from yarl import URL
 
 from bench.measure import Result
 
@@ -16,6 +17,8 @@ class ServerError(Exception):
 async def measure(url: str, model: str, streams: list[int], prompt_tokens: int, tokens: int, repeats: int) -> list[Result]:
     """Closed loop: at each number of streams, every stream asks once, all at the same time, `repeats` times over."""
     results = [Result(f"{model} at {url}", count) for count in streams]
+    if not URL(url).absolute:
+        raise ServerError(f"{url} is no address; give one as http://127.0.0.1:8000")
     async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=None)) as session:
         await _ask(session, model, prompt_tokens, 2, 0, Result("warm-up", 1))
         for repeat in range(repeats):

@@ -131,9 +131,11 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 def _whole(folder: Path, variants: list[str]) -> bool:
     try:
         manifest = bundle.read(folder)
+        for name in variants:
+            bundle.verify(folder, manifest, manifest.variant(name))
     except bundle.BundleError:
         return False
-    return all(name in manifest.by_name for name in variants)
+    return True
 
 
 def _quiet() -> None:

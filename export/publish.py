@@ -38,14 +38,17 @@ def workshop(engines: Path, name: str) -> Iterator[Path]:
 
 
 def keep_variants(old: Path, new: Path, origin: Source, built: set[str]) -> tuple[Variant, ...]:
-    """Carry the variants of the bundle `old` that are not `built` into the folder `new`, if its weights are the same."""
+    """Carry the variants of the bundle `old` that are not `built` into the folder `new`, if its weights are the same.
+
+    A variant whose files are not those that were exported is left behind.
+    """
     try:
         previous = bundle.read(old)
     except bundle.BundleError:
         return ()
     if previous.source.sha256 is None or previous.source.sha256 != origin.sha256:
         return ()
-    kept = tuple(variant for variant in previous.variants if variant.name not in built)
+    kept = tuple(variant for variant in previous.variants if variant.name not in built and _intact(old, variant))
     for file in (file for variant in kept for file in variant.files):
         target = new / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +57,10 @@ def keep_variants(old: Path, new: Path, origin: Source, built: set[str]) -> tupl
         except OSError:  # a file system without hard links
             shutil.copyfile(old / file.path, target)
     return kept
+
+
+def _intact(folder: Path, variant: Variant) -> bool:
+    return all(bundle.sha256(folder / file.path) == file.sha256 for file in variant.files)
 
 
 def replace(folder: Path, new: Path) -> None:

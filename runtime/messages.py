@@ -29,7 +29,8 @@ class Sampling(msgspec.Struct, frozen=True):
     min_p: float = 0.0
     """Keep tokens at least this fraction as likely as the most likely one."""
     seed: int = 0
-    """The same seed and prompt give the same tokens, whoever shares the batch. Below 2**63."""
+    """The same seed and prompt give the same tokens, as far as the engine's numbers do not depend on who shares the batch.
+    Below 2**63."""
 
 
 # Front end -> worker -----------------------------------------------------------------------------------------------

@@ -242,6 +242,8 @@ def _template(path: Path, bundle: Bundle, tokenizer: Tokenizer) -> ChatTemplate 
         source = path.read_text(encoding="utf-8")
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror}); export the model again") from error
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{path} is no UTF-8 text ({error}); export the model again") from error
     named = {"bos_token": bundle.bos_id, "eos_token": bundle.stop_ids[0] if bundle.stop_ids else None}
     tokens = {name: token for name, id in named.items() if id is not None and (token := tokenizer.id_to_token(id)) is not None}
     # A longer text has more tokens than the model has positions, whatever it says.

@@ -12,9 +12,11 @@ from server.errors import bad_request
 MAX_BODY = 4 * 2**20
 """Bytes of a request's body; more is refused with status 413."""
 MAX_STOPS = 16
+MAX_STOP_LENGTH = 1000
+"""Characters of a stop string: preparing one takes time in proportion, in which every other stream waits."""
 
 Positive = Annotated[int, Meta(ge=1)]
-StopString = Annotated[str, Meta(min_length=1)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)]
 
 

@@ -26,7 +26,7 @@ class ChatError(Exception):
 def configure(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     parser.description = f"Chat with a running server: {HELP}."
-    parser.add_argument("--url", type=URL, default=URL("http://127.0.0.1:8000"), help="the server (default: %(default)s)")
+    parser.add_argument("--url", type=_address, default=URL("http://127.0.0.1:8000"), help="the server (default: %(default)s)")
     parser.add_argument("--model", help="model to ask for (default: the server's first)")
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token (default: the server's)")
@@ -166,6 +166,13 @@ def _message(body: bytes) -> str:
         return msgspec.json.decode(body, type=ErrorBody).error.message
     except msgspec.DecodeError:
         return f"The server answered with: {body[:200].decode(errors='replace')}"
+
+
+def _address(text: str) -> URL:
+    url = URL(text)
+    if not url.absolute:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address; give one as http://127.0.0.1:8000")
+    return url
 
 
 def _unreachable(url: URL) -> str:

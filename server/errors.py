@@ -6,6 +6,9 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
+LONGEST_MESSAGE = 1000
+"""Characters of an error's message, which may quote what the client sent."""
+
 ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
 
 
@@ -37,7 +40,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}...")
         self.status = status
         self.param = param
         self.code = code

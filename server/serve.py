@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = "Serve an engine bundle over HTTP, with OpenAI's API and a plainer one of its own."
     parser.epilog = "Stop it with Ctrl-C or SIGTERM: running answers get 10 seconds to finish, a second signal ends them."
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 takes a free one (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=8000, help="port to listen on, 0 takes a free one (default: %(default)s)")
     parser.add_argument("--model", help="a bundle's name, or its folder (default: the first in --engines)")
     parser.add_argument("--engines", type=Path, default=Path("engines"), help="folder of the bundles (default: %(default)s)")
     parser.add_argument("--variant", help="engine to run, e.g. cpu-int4 (default: the smallest for this machine's CPU)")
@@ -166,12 +166,24 @@ class _Signals:
 
 
 def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
+    return _between(text, 1)
 
 
 def _not_negative(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
-    return int(text)
+    return _between(text, 0)
+
+
+def _port(text: str) -> int:
+    return _between(text, 0, 65535)
+
+
+def _between(text: str, least: int, most: int | None = None) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+    if most is not None and number > most:
+        raise argparse.ArgumentTypeError(f"{text} is more than {most}")
+    return number
