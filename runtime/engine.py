@@ -70,6 +70,10 @@ class Engine(Protocol):
         """Copy the first `length` tokens' keys and values from one slot to another."""
         ...
 
+    def exchange(self, first: tuple[int, int], second: tuple[int, int]) -> None:
+        """Swap the keys and values of two slots, each given as (slot, tokens that stand in it)."""
+        ...
+
     def close(self) -> None:
         """Give the device memory back."""
         ...

@@ -16,9 +16,9 @@ from runtime.slots import Slots
 
 log = logging.getLogger(__name__)
 
-PREFILL_CHUNK = 256
+PREFILL_CHUNK = 64
 """Prompt tokens a step. Chunks begin at multiples of it in every prompt, so that a request's numbers do not depend on what
-else was prefilled in the same iteration."""
+else was prefilled in the same iteration; prompts that begin alike share rows in whole chunks."""
 PREFILL_BUDGET = 256
 """Prompt tokens after which the running streams get their next token; the last chunk may go over it."""
 
@@ -29,6 +29,7 @@ class Counters:
 
     steps: int = 0
     prompt_tokens: int = 0
+    """Computed; those found in a slot are not among them."""
     generated_tokens: int = 0
     step_seconds: float = 0.0
 
@@ -49,7 +50,7 @@ class Loop:
         self.queue = queue
         self.prefill_budget = prefill_budget
         self.counters = Counters()
-        self.slots = Slots(engine)
+        self.slots = Slots(engine, PREFILL_CHUNK)
         self._waiting: deque[Sequence] = deque()
         self._by_key: dict[tuple[bytes, str], Sequence] = {}
 
@@ -134,13 +135,12 @@ class Loop:
         return news
 
     def _prefill_chunk(self, sequence: Sequence, size: int) -> list[News]:
-        prompt = sequence.request.prompt
         end = sequence.computed + size
-        last = end == len(prompt)
+        last = end == len(sequence.prompt)
         rows = [sequence] if last else []
         batch = Batch(
             first_slot=sequence.slot,
-            input_ids=np.array([prompt[sequence.computed : end]], np.int64),
+            input_ids=sequence.prompt[None, sequence.computed : end],
             kv_lengths=np.array([end], np.int32),
             logit_rows=np.array([size - 1] if last else [], np.int64),
             draw=_draw(rows),
@@ -149,6 +149,7 @@ class Loop:
         if isinstance(outcome, list):
             return outcome
         sequence.computed = end
+        self.slots.prefilled(sequence)
         self.counters.prompt_tokens += size
         if not last:
             return []
@@ -180,6 +181,7 @@ class Loop:
             tokens, logprobs = self.engine.step(batch)
         except Exception as error:  # whatever the runtime raised concerns these sequences, and the others go on
             log.exception("the engine failed on a step of %d rows", len(sequences))
+            self.slots.forget()
             return [self._end(sequence, "error", f"the engine failed: {error}") for sequence in sequences]
         self.counters.steps += 1
         self.counters.step_seconds += time.perf_counter() - start
@@ -191,7 +193,8 @@ class Loop:
             shown = sequence.accept(token, self.engine.context)
             self.counters.generated_tokens += 1
             if sequence.finish is None:
-                news.append(News(sequence.owner, Row(sequence.request.id, [token], [logprob])))
+                cached = sequence.cached if len(sequence.tokens) == 1 else 0
+                news.append(News(sequence.owner, Row(sequence.request.id, [token], [logprob], cached=cached)))
             else:
                 new = ([token], [logprob]) if shown else ([], [])
                 news.append(self._end(sequence, sequence.finish, tokens=new[0], logprobs=new[1]))
@@ -206,12 +209,13 @@ class Loop:
         logprobs: list[float] | None = None,
     ) -> News:
         sequence.finish = finish
+        cached = sequence.cached if len(sequence.tokens) <= 1 else 0  # told once, in the first row
         del self._by_key[sequence.key]
         if sequence.slot >= 0:
             self.slots.release(sequence)
         else:
             self._waiting.remove(sequence)
-        return News(sequence.owner, Row(sequence.request.id, tokens or [], logprobs or [], finish, message=message))
+        return News(sequence.owner, Row(sequence.request.id, tokens or [], logprobs or [], finish, cached, message))
 
 
 def _draw(sequences: list[Sequence]) -> Draw:

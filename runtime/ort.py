@@ -77,6 +77,14 @@ class OrtEngine:
         for buffer in self._kv.values():
             buffer[target, :, :length] = buffer[source, :, :length]
 
+    def exchange(self, first: tuple[int, int], second: tuple[int, int]) -> None:
+        """See `runtime.engine.Engine.exchange`."""
+        (one, length), (other, other_length) = first, second
+        for buffer in self._kv.values():
+            kept = buffer[other, :, :other_length].copy()
+            buffer[other, :, :length] = buffer[one, :, :length]
+            buffer[one, :, :other_length] = kept
+
     def close(self) -> None:
         """Drop the session and the slots."""
         self._bindings.clear()

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
+from runtime.engine import Int64
 from runtime.messages import Finish, Generate
 
 
@@ -16,6 +19,8 @@ class Sequence:
     slot: int = -1
     computed: int = 0
     """Tokens whose keys and values stand in the slot."""
+    cached: int = 0
+    """Of these, prompt tokens whose keys and values stood in a slot already."""
     tokens: list[int] = field(default_factory=list)
     finish: Finish | None = None
     message: str = ""
@@ -25,6 +30,11 @@ class Sequence:
         """Tokens that end the answer."""
         return frozenset(self.request.stop_ids)
 
+    @cached_property
+    def prompt(self) -> Int64:
+        """The prompt as an array."""
+        return np.array(self.request.prompt, np.int64)
+
     @property
     def key(self) -> tuple[bytes, str]:
         """What names the sequence in this worker."""
@@ -33,12 +43,12 @@ class Sequence:
     @property
     def length(self) -> int:
         """Prompt and answer together."""
-        return len(self.request.prompt) + len(self.tokens)
+        return len(self.prompt) + len(self.tokens)
 
     @property
     def prompt_left(self) -> int:
         """Prompt tokens that are not computed yet."""
-        return max(0, len(self.request.prompt) - self.computed)
+        return max(0, len(self.prompt) - self.computed)
 
     def accept(self, token: int, context: int) -> bool:
         """Take the engine's next token; sets `finish` when it was the last. False when the token ends the answer unseen."""

@@ -8,7 +8,7 @@ import pytest
 
 from runtime import ort
 from runtime.engine import Batch, EngineError
-from runtime.loop import PREFILL_CHUNK, Loop
+from runtime.loop import PREFILL_BUDGET, PREFILL_CHUNK, Loop
 from runtime.messages import Generate, Refused, Row, Sampling
 from runtime.ort import OrtEngine
 
@@ -134,15 +134,92 @@ def test_an_answer_ends_where_the_context_does(loop: Loop) -> None:
 
 
 def test_a_long_prompt_does_not_hold_up_a_running_stream(loop: Loop) -> None:
-    """Between two tokens of the running stream at most one chunk of the newcomer's prompt is computed."""
+    """Between two tokens of the running stream no more than the budget of the newcomer's prompt is computed."""
     loop.submit(FRONT, Generate("running", prompt(4), max_tokens=30))
     loop.step()
     before = loop.counters.prompt_tokens
     loop.submit(FRONT, Generate("long", prompt(CONTEXT - 10), max_tokens=2))
     seen = [news.row.id for news in loop.step()]
     assert seen == ["running"]
-    assert loop.counters.prompt_tokens - before == PREFILL_CHUNK
+    assert loop.counters.prompt_tokens - before == PREFILL_BUDGET
     drain(loop)
+
+
+def test_prompts_that_begin_alike_share_rows_and_not_one_bit_changes(engine: OrtEngine) -> None:
+    """Random conversations over few beginnings, more of them than slots, against an engine that remembers nothing."""
+    chance = random.Random(3)
+    beginnings = [prompt(length, seed) for seed, length in enumerate((PREFILL_CHUNK, 2 * PREFILL_CHUNK + 5, 130, 200))]
+    requests = []
+    for i in range(60):
+        start = chance.choice(beginnings)
+        rest = prompt(chance.randrange(1, 90), 1000 + i % 9)
+        requests.append(
+            Generate(f"r{i}", start[: chance.randrange(1, len(start) + 1)] + rest, max_tokens=chance.randrange(1, 9))
+        )
+        if chance.random() < 0.4:  # a conversation goes on
+            beginnings[chance.randrange(4)] = requests[-1].prompt[: CONTEXT - 100]
+    loop = Loop(engine, queue=100)
+    warm: dict[str, list[Row]] = {}
+    waiting = list(requests)
+    while waiting or loop.busy:
+        for _ in range(chance.randrange(3)):
+            if waiting:
+                assert loop.submit(FRONT, waiting.pop(0)) is None
+        for news in loop.step():
+            warm.setdefault(news.row.id, []).append(news.row)
+        loop.slots.check()
+    shared = sum(row.cached for rows in warm.values() for row in rows)
+    assert shared > 20 * PREFILL_CHUNK
+    assert loop.counters.prompt_tokens + shared == sum(len(request.prompt) for request in requests)
+    for request in requests:
+        cold = run(Loop(engine, queue=1), request)[request.id]
+        assert tokens(warm[request.id]) == tokens(cold)
+        assert logprobs(warm[request.id]) == logprobs(cold)
+
+
+def test_a_second_request_computes_only_what_is_new(loop: Loop) -> None:
+    shared = prompt(4 * PREFILL_CHUNK)
+    first = run(loop, Generate("a", [*shared, 5, 6], max_tokens=2))["a"]
+    before = loop.counters.prompt_tokens
+    second = run(loop, Generate("b", [*shared, 7, 8, 9], max_tokens=2))["b"]
+    assert [row.cached for row in first] == [0, 0]
+    assert [row.cached for row in second] == [4 * PREFILL_CHUNK, 0]
+    assert loop.counters.prompt_tokens - before == 3
+
+
+def test_a_running_stream_shares_its_prompt(loop: Loop) -> None:
+    shared = prompt(2 * PREFILL_CHUNK)
+    loop.submit(FRONT, Generate("running", [*shared, 5], max_tokens=40))
+    loop.step()
+    loop.submit(FRONT, Generate("new", [*shared, 6], max_tokens=2))
+    rows = drain(loop)
+    assert rows["new"][0].cached == 2 * PREFILL_CHUNK
+
+
+def test_what_was_used_last_is_remembered_longest(loop: Loop) -> None:
+    """One more prompt than there are slots, in turn: the oldest is forgotten, the others are not."""
+    prompts = [prompt(PREFILL_CHUNK + 1, seed) for seed in range(SLOTS + 1)]
+    for i, each in enumerate(prompts):
+        run(loop, Generate(str(i), each, max_tokens=1))
+    cached = [run(loop, Generate(str(i), each, max_tokens=1))[str(i)][0].cached for i, each in enumerate(prompts[1:])]
+    assert cached == [PREFILL_CHUNK] * SLOTS
+    assert run(loop, Generate("old", prompts[0], max_tokens=1))["old"][0].cached == 0
+
+
+def test_an_engine_that_failed_is_not_trusted_to_have_written_its_rows(
+    engine: OrtEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop(engine, queue=8)
+    shared = prompt(PREFILL_CHUNK + 1)
+    run(loop, Generate("a", shared, max_tokens=1))
+
+    def failing(self: OrtEngine, batch: Batch) -> object:
+        raise EngineError("the device is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(OrtEngine, "step", failing)
+        assert run(loop, Generate("b", prompt(5), max_tokens=1))["b"][-1].finish == "error"
+    assert run(loop, Generate("c", shared, max_tokens=1))["c"][0].cached == 0
 
 
 def test_cancelling_frees_the_slot_at_once_in_every_stage(loop: Loop) -> None:
