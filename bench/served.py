@@ -28,6 +28,8 @@ async def measure(url: str, model: str, streams: list[int], prompt_tokens: int, 
                     *(_ask(session, model, prompt_tokens, tokens, repeat * 1000 + i, result) for i in range(result.streams))
                 )
                 result.rates.append(sum(counts) / (time.perf_counter() - start))
+    if any(not result.first_tokens or not result.inter_tokens for result in results):
+        raise ServerError(f"{url} gave too little text to measure; ask for more --tokens")
     return results
 
 

@@ -62,7 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Export; 0 when the bundle is published, 1 with a sentence on stderr when not."""
     _quiet()
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         wanted = _recipe(arguments)
         if arguments.if_missing and _whole(arguments.engines / wanted.name, [build.name for build in wanted.variants]):
@@ -143,6 +143,7 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TORCH_LOGS", "-onnx")  # torch sets its loggers' levels from this when it is imported
     warnings.filterwarnings("ignore")
     for name in ("torch.onnx", "onnxscript", "onnx_ir", "transformers", "optimum"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -185,6 +185,8 @@ class _Job:
             if self.export.text is not None and self.sample is not None:
                 perplexity = self._perplexity(engine, variant, self.export.text, self.sample)
                 variant = msgspec.structs.replace(variant, perplexity=perplexity)
+        except EngineError as error:
+            raise UnsupportedModel(f"variant {variant.name!r} was compiled but fails when it runs: {error}") from error
         finally:
             engine.close()
         return variant

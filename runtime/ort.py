@@ -48,7 +48,7 @@ class OrtEngine:
         self._logprobs = np.zeros(slots, np.float32)
 
     def step(self, batch: Batch) -> tuple[Int64, Float32]:
-        """See `runtime.engine.Engine.step`; the arrays returned are valid until the next step."""
+        """See `runtime.engine.Engine.step`; the arrays returned are valid until the next step. Raises EngineError."""
         count, seq = batch.input_ids.shape
         rows = len(batch.logit_rows)
         if rows > len(self._tokens):
@@ -69,7 +69,10 @@ class OrtEngine:
         tokens, logprobs = self._tokens[:rows], self._logprobs[:rows]
         _bind_output(binding, "tokens", tokens)
         _bind_output(binding, "logprobs", logprobs)
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            raise EngineError(f"ONNX Runtime failed on a step: {error}") from error
         return tokens, logprobs
 
     def copy(self, source: int, target: int, length: int) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from server import generate, openai
 from server.bodies import MAX_BODY
@@ -15,6 +16,7 @@ from server.service import ARRIVED, SERVICE, STATUS, Service
 from server.streaming import CLIENT_GONE
 
 log = logging.getLogger(__name__)
+http_log = logging.getLogger(f"{__name__}.http")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -40,7 +42,7 @@ def build(service: Service) -> web.Application:
 
 def runner(app: web.Application) -> web.AppRunner:
     """What runs the application: a client that goes away cancels its handler, and with it its place in the engine."""
-    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0, logger=http_log)
 
 
 async def health(request: web.Request) -> web.Response:
@@ -89,6 +91,17 @@ async def _tell_errors(request: web.Request, handler: Handler) -> web.StreamResp
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return ApiError(500, "The server failed on this request.", code="internal_error").response()
+
+
+class _FaultsOfThisServer(logging.Filter):
+    """Drops requests that are no HTTP: they have had their 400, and anybody could fill the log with them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, HttpProcessingError | web.RequestPayloadError)
+
+
+http_log.addFilter(_FaultsOfThisServer())
 
 
 def _from_http(request: web.Request, error: web.HTTPException) -> ApiError:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import zmq
+
 import runtime
 from runtime.messages import HEARTBEAT_SECONDS
 from server.engine_client import EngineClient, EngineUnavailableError
@@ -104,6 +106,7 @@ class Worker:
 
     async def _live(self, address: str) -> tuple[bool, int]:
         """One process from its start to its end: whether it loaded its engine, and its exit code."""
+        client = _connect(address)
         process = await asyncio.create_subprocess_exec(
             *self._command,
             f"--socket={address}",
@@ -112,7 +115,6 @@ class Worker:
             start_new_session=True,  # Ctrl-C in a terminal is for this process, which then ends that one in good order.
         )
         self._starts += 1
-        client = EngineClient(address)
         exited = asyncio.create_task(process.wait())
         attached = asyncio.create_task(client.attach())
         patience = STOP_SECONDS
@@ -139,6 +141,13 @@ class Worker:
                 log.error("the engine's process has been silent for %.0f s and is taken for dead", self._silence)
                 return 0.0
         return STOP_SECONDS
+
+
+def _connect(address: str) -> EngineClient:
+    try:
+        return EngineClient(address)
+    except zmq.ZMQError as error:
+        raise WorkerHopelessError(f"no engine can be reached at {address} ({error.strerror}); try a shorter TMPDIR") from error
 
 
 async def _end(process: asyncio.subprocess.Process, patience: float) -> int:

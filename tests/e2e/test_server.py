@@ -20,7 +20,8 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from tests.e2e.conftest import MODEL, ROOT, Server, serving
 
-FRANCE: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
+FRANCE: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Complete the sentence: The capital of France is"}]
+"""Of a question that the model answers with a wide margin; a near tie would be decided by the rounding of a kernel."""
 RUNNING = "engineshed_requests_running"
 
 
@@ -314,3 +315,14 @@ def test_a_server_without_its_bundle_or_its_port_says_so(server: Server) -> None
     assert code == 1
     assert "--port" in said
     assert "Traceback" not in said
+
+
+def test_a_second_turn_starts_from_the_rows_of_the_first(server: Server) -> None:
+    """The same long beginning twice: the usage says that most of it was not computed again, and the answer is the same."""
+    question = {"role": "user", "content": "Repeat: " + "the quick brown fox jumps over the lazy dog. " * 30}
+    body = {"messages": [question], "max_tokens": 8, "temperature": 0}
+    (_, first), (_, second) = (post(server, "/v1/chat/completions", body) for _ in range(2))
+    assert second["choices"][0]["message"] == first["choices"][0]["message"]
+    prompt, cached = second["usage"]["prompt_tokens"], second["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert prompt > 256
+    assert prompt - 64 <= cached < prompt

@@ -128,7 +128,11 @@ def test_transformers_own_generate_says_the_same(
     engine = load("cpu-fp32", 1)
     for prompt, answer in zip(prompts[::8], answers(engine, prompts[::8], at_once=1), strict=True):
         generated = cast(Any, reference).generate(
-            torch.tensor([prompt]), do_sample=False, min_new_tokens=TOKENS, max_new_tokens=TOKENS, eos_token_id=None
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),  # else it hides pad tokens, which chats contain
+            do_sample=False,
+            max_new_tokens=TOKENS,
+            eos_token_id=None,
         )
         assert answer == generated[0, len(prompt) :].tolist()
 
@@ -145,7 +149,7 @@ def test_the_int4_engine_keeps_the_models_perplexity_and_most_of_its_tokens(
     text = Text.load(FOLDER, manifest)
     tokens = text.encode((ROOT / "tests" / "data" / "perplexity.txt").read_text())[:512]
     fresh = verify.engine_perplexity(engine, tokens) / verify.reference_perplexity(reference, tokens)
-    assert abs(fresh - 1) < 0.01
+    assert abs(fresh - 1) < 0.02  # over a quarter of the text: says that the manifest's figure is no stale one
     agreement = verify.compare(reference, prompts[:16], answers(engine, prompts[:16], at_once=16))
     assert agreement.equal > 0.9 * agreement.compared
 

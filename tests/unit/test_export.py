@@ -23,7 +23,7 @@ from rich.console import Console
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 import engineshed
-from export import cli, decoder, recipe, source
+from export import cli, decoder, publish, recipe, source
 from export.errors import ExportError, UnsupportedModel
 from export.recipe import Build, ModelReference, Recipe
 from runtime import bundle
@@ -243,6 +243,28 @@ def test_given_a_bundle_without_the_variant_when_exported_if_missing_then_it_is_
     assert export(*command, "--text", tiny.TEXT) == 0
     assert sorted(bundle.read(published).by_name) == ["cpu-fp32", "cpu-int4", "cpu-int8"]
     assert "Serve it with: engineshed serve --model tiny" in " ".join(capsys.readouterr().err.split())
+
+
+def damage(file: Path) -> None:
+    """Change a byte and not the size."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_given_a_damaged_variant_when_exported_if_missing_then_it_is_built_again(published: Path, tiny_model: Path) -> None:
+    damage(published / "cpu-int4/weights.bin")
+    options = ("--name", "tiny", "--engines", published.parent, "--if-missing", "--precision", "int4", "--no-verify")
+    assert export(tiny_model, *options, "--text", tiny.TEXT) == 0
+    manifest = bundle.read(published)
+    assert sorted(manifest.by_name) == ["cpu-fp32", "cpu-int4"]
+    bundle.verify(published, manifest, manifest.variant("cpu-int4"))
+
+
+def test_given_a_damaged_older_variant_when_another_is_exported_then_it_is_not_kept(published: Path, tiny_model: Path) -> None:
+    damage(published / "cpu-fp32/weights.bin")
+    tiny.exporting(published.parent, verify=False).run(tiny.recipe(tiny_model, INT8))
+    assert sorted(bundle.read(published).by_name) == ["cpu-int4", "cpu-int8"]
 
 
 # What is refused before anything is built ---------------------------------------------------------------------------------
@@ -568,6 +590,24 @@ def test_given_an_engine_with_other_tokens_when_proved_then_nothing_is_published
     assert left(published.parent) == ["tiny"]
 
 
+def test_given_an_engine_that_fails_when_it_runs_when_proved_then_nothing_is_published(
+    engines: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = decoder.trace
+
+    def trace(model: PreTrainedModel, seen: decoder.Survey) -> ir.Model:
+        traced: ir.Model = real(model, seen)
+        for node in traced.graph:
+            if node.op_type == "GroupQueryAttention":
+                node.attributes["num_heads"] = ir.AttrInt64("num_heads", 3)
+        return traced
+
+    monkeypatch.setattr(decoder, "trace", trace)
+    said = refused(engines, tiny.recipe(tiny_model, FP32), verify=True, kind=UnsupportedModel)
+    assert said.startswith("variant 'cpu-fp32' was compiled but fails when it runs: ONNX Runtime failed on a step: ")
+    assert left(engines) == []
+
+
 def test_given_an_engine_with_other_tokens_when_not_verified_then_it_is_published_without_a_proof(
     engines: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -647,3 +687,17 @@ def test_given_a_terminal_when_an_export_fails_then_its_cursor_comes_back() -> N
         report.begin("trace")  # and never its end
     hidden, shown = screen.getvalue().rfind("\x1b[?25l"), screen.getvalue().rfind("\x1b[?25h")
     assert 0 <= hidden < shown
+
+
+def test_given_an_export_that_was_killed_while_publishing_when_exported_again_then_the_older_bundle_was_put_back(
+    tmp_path: Path,
+) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    retired = tmp_path / f".tiny.{dead.pid}.old"
+    retired.mkdir()
+    (retired / "bundle.json").write_text("{}")
+    (tmp_path / f".tiny.{dead.pid}").mkdir()
+    with publish.workshop(tmp_path, "tiny"):
+        assert (tmp_path / "tiny" / "bundle.json").read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

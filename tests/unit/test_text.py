@@ -286,6 +286,13 @@ def test_a_conversation_that_no_prompt_can_hold_is_refused_before_it_is_tokenize
         text.chat([{"role": "user", "content": "x" * 1000}])
 
 
+def test_a_template_that_is_no_utf8_is_told_as_a_damaged_bundle(tmp_path: Path) -> None:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(BundleError, match=r"no UTF-8 text.*export the model again"):
+        Text.load(tmp_path, bundle(files=TEMPLATE_FILE))
+
+
 def test_a_model_without_a_template_does_not_chat(tmp_path: Path) -> None:
     """A file that the manifest does not list is none of the bundle's: nobody has its hash."""
     byte_level().save(str(tmp_path / "tokenizer.json"))

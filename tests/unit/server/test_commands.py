@@ -161,3 +161,29 @@ async def test_an_answer_that_breaks_is_told_with_its_reason(house: House) -> No
     await house.worker.fail(request, "the step failed")
     with pytest.raises(ChatError, match="the step failed"):
         await asking
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["serve", "--port=99999"], "99999 is more than 65535"),
+        (["serve", "--port=-1"], "-1 is less than 0"),
+        (["serve", "--slots=0"], "0 is less than 1"),
+        (["serve", "--queue=many"], "'many' is no whole number"),
+        (["chat", "--url=127.0.0.1:8000"], "'127.0.0.1:8000' is no address"),
+        (["bench", "--tokens=1"], "'1' is no whole number of at least 2"),
+        (["bench", "--repeats=0"], "'0' is no whole number of at least 1"),
+    ],
+)
+def test_an_argument_that_cannot_be_meant_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        engineshed.main(arguments)
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_bench_says_what_an_address_looks_like(capsys: pytest.CaptureFixture[str]) -> None:
+    assert engineshed.main(["bench", "--url=127.0.0.1:8000"]) == 1
+    assert "give one as http://" in capsys.readouterr().err

@@ -50,6 +50,7 @@ async def refused(house: House, path: str, body: Any, method: str = "POST") -> t
         (COMPLETIONS, {"prompt": [256]}, "prompt"),
         (COMPLETIONS, {"prompt": [-1]}, "prompt"),
         (COMPLETIONS, {"prompt": "x" * 64}, "prompt"),
+        (COMPLETIONS, {"prompt": "hi", "stop": "x" * 1001}, "stop"),
         (COMPLETIONS, {"prompt": "hi", "max_tokens": 0}, "max_tokens"),
         (COMPLETIONS, {"prompt": "hi", "max_tokens": -1}, "max_tokens"),
         (COMPLETIONS, {"prompt": "hi", "max_tokens": 63}, "max_tokens"),
@@ -200,3 +201,26 @@ async def test_a_fault_of_the_server_itself_is_500_and_tells_nothing(house: Hous
     status, error, _ = await refused(house, COMPLETIONS, {"prompt": "hi"})
     assert (status, error["code"]) == (500, "internal_error")
     assert "secret" not in error["message"]
+
+
+async def test_a_message_quotes_only_so_much_of_what_was_sent(house: House) -> None:
+    for body in ({"messages": [{"role": "x" * 100_000, "content": "hi"}]}, {"messages": [TURN], "model": "x" * 100_000}):
+        status, error, _ = await refused(house, CHAT, body)
+        assert status in (400, 404)
+        assert error["message"].endswith("xxx...")
+        assert len(error["message"]) < 2000
+
+
+@pytest.mark.parametrize(
+    "request_", [b"POST /v1/generate HTTP/1.1\r\nContent-Type: \x01\r\n\r\n", b"\x16\x03\x01\x02\x00\r\n\r\n"]
+)
+async def test_what_is_no_http_is_refused_and_does_not_fill_the_log(
+    house: House, caplog: pytest.LogCaptureFixture, request_: bytes
+) -> None:
+    async with house.http.get("/healthz") as response:
+        host, port = response.url.host, response.url.port
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(request_)
+    assert b" 400 " in await asyncio.wait_for(reader.readline(), 5)
+    writer.close()
+    assert not [record for record in caplog.records if record.name.startswith(("server", "aiohttp"))]

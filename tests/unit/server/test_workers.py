@@ -115,3 +115,12 @@ async def test_a_worker_that_dies_in_a_stream_ends_it_with_an_error_and_is_not_r
             assert response.status == 200
         async with http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 3}) as response:
             assert (await response.json())["choices"][0]["text"] == "xxx"
+
+
+async def test_sockets_that_cannot_be_made_are_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 108)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    async with Worker(SCRIPT) as worker:
+        with pytest.raises(WorkerHopelessError, match="shorter TMPDIR"):
+            await asyncio.wait_for(worker.loaded(), 15)
