@@ -137,6 +137,11 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
         """The variants by their names."""
         return {variant.name: variant for variant in self.variants}
 
+    @property
+    def tokenizer(self) -> str | None:
+        """The tokenizer's SHA-256, by which two bundles' can be compared."""
+        return next((file.sha256 for file in self.files if file.path == TOKENIZER), None)
+
     def variant(self, name: str | None = None, target: Target = "cpu") -> Variant:
         """The variant called `name`, or the smallest one for `target`; raises BundleError with the names there are."""
         if name is not None:
@@ -186,14 +191,19 @@ def read(folder: Path) -> Bundle:
 def verify(folder: Path, bundle: Bundle, variant: Variant) -> None:
     """Hash the files that serving `variant` reads and compare; raises BundleError at the first that differs."""
     for file in (*bundle.files, *variant.files):
-        try:
-            digest = sha256(folder / file.path)
-        except OSError as error:
-            raise BundleError(f"{folder / file.path} cannot be read ({error.strerror}); export the model again") from error
-        if digest != file.sha256:
-            raise BundleError(
-                f"{folder / file.path} is not the file that was exported (its sha256 differs); export the model again"
-            )
+        verify_file(folder, file)
+
+
+def verify_file(folder: Path, file: File) -> None:
+    """Hash `file` of the bundle in `folder` and compare; raises BundleError where it differs."""
+    try:
+        digest = sha256(folder / file.path)
+    except OSError as error:
+        raise BundleError(f"{folder / file.path} cannot be read ({error.strerror}); export the model again") from error
+    if digest != file.sha256:
+        raise BundleError(
+            f"{folder / file.path} is not the file that was exported (its sha256 differs); export the model again"
+        )
 
 
 def scan(root: Path) -> dict[str, Bundle | BundleError]:

@@ -1,6 +1,7 @@
 """The engine: one compiled model on one device, with its KV slots. Its only verb is a step."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -28,10 +29,11 @@ class Draw:
     forced: Int64
     """The token to take whatever its probability, for its log-probability's sake; negative to choose freely."""
 
-    @classmethod
-    def greedy(cls, rows: int) -> "Draw":
-        """The most likely token at each of `rows` rows."""
-        return cls.force(np.full(rows, -1, np.int64))
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def greedy(rows: int) -> "Draw":
+        """The most likely token at each of `rows` rows; its arrays are shared, so not to be written to."""
+        return Draw.force(np.full(rows, -1, np.int64))
 
     @classmethod
     def force(cls, tokens: Int64) -> "Draw":
@@ -61,6 +63,10 @@ class Engine(Protocol):
     context: int
     """Tokens a slot holds."""
     vocab_size: int
+    row_cost: float
+    """By how much one more row makes a short step longer, as a share of a step with one row: what verifying a guess costs."""
+    step_cost: float
+    """How long a step with one row takes, in a unit that is the same for all engines of a machine."""
 
     def step(self, batch: Batch) -> tuple[Int64, Float32]:
         """Write the new tokens' keys and values, choose tokens: (token ids [rows], log-probabilities [rows])."""

@@ -3,24 +3,26 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.engine import Batch, Draw, Engine
+from runtime.draft import Drafter
+from runtime.engine import Batch, Engine
 from runtime.messages import Finish, Generate, Refused, Row
-from runtime.sampling import uniform
+from runtime.pace import Pace
+from runtime.sampling import draw
 from runtime.sequence import Sequence
 from runtime.slots import Slots
+from runtime.speculation import Lookup, Plan, worthwhile
 
 log = logging.getLogger(__name__)
 
 PREFILL_CHUNK = 64
-"""Prompt tokens a step. Chunks begin at multiples of it in every prompt, so that a request's numbers do not depend on what
-else was prefilled in the same iteration; prompts that begin alike share rows in whole chunks."""
+"""Prompt tokens a step, at most: between two steps the loop takes what has arrived."""
 PREFILL_BUDGET = 256
-"""Prompt tokens after which the running streams get their next token; the last chunk may go over it."""
+"""Prompt tokens after which the running streams get their next token, at most."""
+_TILE = 16
 
 
 @dataclass
@@ -30,7 +32,13 @@ class Counters:
     steps: int = 0
     prompt_tokens: int = 0
     """Computed; those found in a slot are not among them."""
+    cached_tokens: int = 0
+    """Prompt tokens that were found in a slot."""
     generated_tokens: int = 0
+    guessed_tokens: int = 0
+    """Tokens that were guessed and verified."""
+    accepted_tokens: int = 0
+    """Of these, the right ones; they are among the generated tokens."""
     step_seconds: float = 0.0
 
 
@@ -45,12 +53,24 @@ class News:
 class Loop:
     """Continuous batching over the slots of `engine`: prompts are prefilled in chunks, running sequences decode together."""
 
-    def __init__(self, engine: Engine, *, queue: int, prefill_budget: int = PREFILL_BUDGET) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        queue: int,
+        prefill_budget: int = PREFILL_BUDGET,
+        speculation: bool = True,
+        drafter: Drafter | None = None,
+    ) -> None:
         self.engine = engine
         self.queue = queue
         self.prefill_budget = prefill_budget
+        self.speculation = speculation
+        self.drafter = drafter
         self.counters = Counters()
-        self.slots = Slots(engine, PREFILL_CHUNK)
+        self.slots = Slots(engine.slots, [engine] if drafter is None else [engine, drafter])
+        self._pace = Pace()
+        self._iteration = 0
         self._waiting: deque[Sequence] = deque()
         self._by_key: dict[tuple[bytes, str], Sequence] = {}
 
@@ -105,6 +125,9 @@ class Loop:
         if not all(0 <= token < self.engine.vocab_size for token in request.prompt):
             message = f"the prompt has a token outside the vocabulary of {self.engine.vocab_size}"
             return Refused(request.id, "bad request", message)
+        if len(request.prediction) > context:
+            message = f"the prediction has {len(request.prediction)} tokens; the context holds {context}"
+            return Refused(request.id, "bad request", message)
         if (owner, request.id) in self._by_key:
             return Refused(request.id, "bad request", f"request {request.id!r} is running already")
         if len(self._waiting) >= self.queue + self.slots.free:
@@ -114,65 +137,152 @@ class Loop:
     # One iteration -------------------------------------------------------------------------------------------------
 
     def step(self) -> list[News]:
-        """Prefill within the budget, decode every running sequence by one token, and report what is new."""
-        news = self._prefill()
-        news += self._decode()
+        """Verify guesses and prefill within the budget, decode everyone else by one token, and report what is new."""
+        self._iteration += 1
+        start = time.perf_counter()
+        plans = {sequence: plan for sequence in self.slots.decoding if (plan := self._plan(sequence)).count}
+        news = self._verify_some(plans)
+        news += self._prefill(time.perf_counter() - start)
+        news += self._decode([sequence for sequence in self.slots.decoding if sequence not in plans])
         return news
 
-    def _prefill(self) -> list[News]:
+    def _prefill(self, spent: float) -> list[News]:
+        """Compute prompts; the running streams have been held up for `spent` seconds already."""
         news: list[News] = []
-        budget = self.prefill_budget
+        budget = self._pace.prefill_tokens(self.prefill_budget, spent) if self.slots.decoding else self.prefill_budget
         while budget > 0:
             if self.slots.prefilling is None:
                 if not self._waiting or not self.slots.free:
                     break
-                self.slots.start(self._waiting.popleft())
+                self._start(self._waiting.popleft())
             sequence = self.slots.prefilling
             assert sequence is not None
-            chunk = min(PREFILL_CHUNK, sequence.prompt_left)
+            chunk = _chunk(sequence.prompt_left, min(max(budget, _TILE), PREFILL_CHUNK))
             budget -= chunk
             news += self._prefill_chunk(sequence, chunk)
         return news
 
+    def _start(self, sequence: Sequence) -> None:
+        self.slots.start(sequence)
+        self.counters.cached_tokens += sequence.cached
+
     def _prefill_chunk(self, sequence: Sequence, size: int) -> list[News]:
         end = sequence.computed + size
         last = end == len(sequence.prompt)
-        rows = [sequence] if last else []
+        start = time.perf_counter()
         batch = Batch(
             first_slot=sequence.slot,
             input_ids=sequence.prompt[None, sequence.computed : end],
             kv_lengths=np.array([end], np.int32),
             logit_rows=np.array([size - 1] if last else [], np.int64),
-            draw=_draw(rows),
+            draw=draw([(sequence, 0)] if last else []),
         )
         outcome = self._run(batch, [sequence])
         if isinstance(outcome, list):
             return outcome
+        self._read_along(sequence, end)
+        self._pace.prefilled(size, time.perf_counter() - start)
         sequence.computed = end
         self.slots.prefilled(sequence)
         self.counters.prompt_tokens += size
         if not last:
             return []
         self.slots.promote()
-        return self._take([sequence], *outcome)
+        if self.speculation and sequence.request.speculation:
+            sequence.lookup = Lookup(sequence.request.prompt, sequence.request.prediction)
+        return [self._take(sequence, *outcome)]
 
-    def _decode(self) -> list[News]:
-        sequences = list(self.slots.decoding)
+    def _decode(self, sequences: list[Sequence]) -> list[News]:
+        """The next token of `sequences`; those between their slots come along, and what is computed for them is not used."""
         if not sequences:
             return []
+        rows = self.slots.decoding[: sequences[-1].slot + 1]
+        start = time.perf_counter()
         batch = Batch(
             first_slot=0,
-            input_ids=np.array([[s.tokens[-1]] for s in sequences], np.int64),
-            kv_lengths=np.array([s.length for s in sequences], np.int32),
-            logit_rows=np.arange(len(sequences), dtype=np.int64),
-            draw=_draw(sequences),
+            input_ids=np.array([[s.tokens[-1]] for s in rows], np.int64),
+            kv_lengths=np.array([s.length for s in rows], np.int32),
+            logit_rows=np.array([s.slot for s in sequences], np.int64),
+            draw=draw([(s, 0) for s in sequences]),
         )
         outcome = self._run(batch, sequences)
         if isinstance(outcome, list):
             return outcome
-        for sequence in sequences:
+        self._pace.decoded(time.perf_counter() - start)
+        for sequence in sequences:  # before the first of them ends and others take its slot
             sequence.computed = sequence.length
-        return self._take(sequences, *outcome)
+        return [self._take(sequence, [token], [logprob]) for sequence, token, logprob in zip(sequences, *outcome, strict=True)]
+
+    # Guesses -------------------------------------------------------------------------------------------------------
+
+    def _plan(self, sequence: Sequence) -> Plan:
+        """How many of its next tokens are worth guessing; depends on nothing but the sequence's own tokens."""
+        if sequence.lookup is None:
+            return Plan()
+        room = min(sequence.request.max_tokens - len(sequence.tokens) - 1, self.engine.context - sequence.length)
+        plan = worthwhile(sequence.lookup.confidence, self.engine.row_cost, room)
+        if self.drafter is None:
+            return plan
+        draft = worthwhile(sequence.draft_share, self.engine.row_cost + self.drafter.cost, room, drafted=True)
+        return draft if draft.gain > plan.gain else plan
+
+    def _verify_some(self, plans: dict[Sequence, Plan]) -> list[News]:
+        """Verify guesses, first of those who waited longest; while others wait to decode, for no longer than they may."""
+        news: list[News] = []
+        hurry = len(plans) < len(self.slots.decoding)
+        start = time.perf_counter()
+        for sequence in sorted(plans, key=lambda sequence: sequence.turn):
+            if hurry and news and time.perf_counter() - start > self._pace.stall:
+                break
+            sequence.turn = self._iteration
+            news += self._verify(sequence, plans[sequence])
+        return news
+
+    def _verify(self, sequence: Sequence, plan: Plan) -> list[News]:
+        """The engine's own tokens in the places of guesses, up to the first that differs from its guess, and that one."""
+        guesses = self._draft(sequence, plan.count) if plan.drafted else sequence.guess(plan.count)
+        count = len(guesses) + 1
+        batch = Batch(
+            first_slot=sequence.slot,
+            input_ids=np.array([[sequence.tokens[-1], *guesses]], np.int64),
+            kv_lengths=np.array([sequence.length + len(guesses)], np.int32),
+            logit_rows=np.arange(count, dtype=np.int64),
+            draw=draw([(sequence, later) for later in range(count)]),
+        )
+        outcome = self._run(batch, [sequence])
+        if isinstance(outcome, list):
+            return outcome
+        tokens, logprobs = outcome
+        right = next((i for i, guess in enumerate(guesses) if guess != tokens[i]), len(guesses))
+        self.counters.guessed_tokens += len(guesses)
+        self.counters.accepted_tokens += right
+        if plan.drafted:
+            sequence.judge_draft(len(guesses), right)
+        return [self._take(sequence, tokens[: right + 1], logprobs[: right + 1])]
+
+    def _draft(self, sequence: Sequence, count: int) -> list[int]:
+        """The draft engine's guesses; none, now and later, once it has failed."""
+        try:
+            return self.drafter.guess(sequence, count) if self.drafter is not None else []
+        except Exception:  # the engine itself is well, and needs no guesses
+            log.exception("the draft engine failed; going on without it")
+            self._stop_drafting()
+            return []
+
+    def _read_along(self, sequence: Sequence, end: int) -> None:
+        """Have the draft engine compute the prompt's first `end` tokens, too."""
+        if self.drafter is None or not (self.speculation and sequence.request.speculation):
+            return
+        try:
+            self.drafter.read(sequence.slot, sequence.prompt[:end])
+        except Exception:  # the engine itself is well, and needs no guesses
+            log.exception("the draft engine failed; going on without it")
+            self._stop_drafting()
+
+    def _stop_drafting(self) -> None:
+        if self.drafter is not None:
+            self.slots.memories.remove(self.drafter)
+            self.drafter = None
 
     def _run(self, batch: Batch, sequences: list[Sequence]) -> tuple[list[int], list[float]] | list[News]:
         """The engine's tokens and log-probabilities; or, when it failed, the end of every sequence that took part."""
@@ -187,18 +297,17 @@ class Loop:
         self.counters.step_seconds += time.perf_counter() - start
         return tokens.tolist(), logprobs.tolist()
 
-    def _take(self, sequences: Iterable[Sequence], tokens: list[int], logprobs: list[float]) -> list[News]:
-        news = []
-        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
-            shown = sequence.accept(token, self.engine.context)
+    def _take(self, sequence: Sequence, tokens: list[int], logprobs: list[float]) -> News:
+        first, shown = not sequence.tokens, 0
+        for token in tokens:
             self.counters.generated_tokens += 1
-            if sequence.finish is None:
-                cached = sequence.cached if len(sequence.tokens) == 1 else 0
-                news.append(News(sequence.owner, Row(sequence.request.id, [token], [logprob], cached=cached)))
-            else:
-                new = ([token], [logprob]) if shown else ([], [])
-                news.append(self._end(sequence, sequence.finish, tokens=new[0], logprobs=new[1]))
-        return news
+            shown += sequence.accept(token, self.engine.context)
+            if sequence.finish is not None:
+                return self._end(sequence, sequence.finish, tokens=tokens[:shown], logprobs=logprobs[:shown])
+        sequence.computed = sequence.length - 1
+        sequence.note(tokens)
+        cached = sequence.cached if first else 0
+        return News(sequence.owner, Row(sequence.request.id, tokens, logprobs, cached=cached))
 
     def _end(
         self,
@@ -218,16 +327,13 @@ class Loop:
         return News(sequence.owner, Row(sequence.request.id, tokens or [], logprobs or [], finish, cached, message))
 
 
-def _draw(sequences: list[Sequence]) -> Draw:
-    """How each sequence's next token is chosen."""
-    if all(sequence.request.sampling.temperature <= 0 for sequence in sequences):
-        return Draw.greedy(len(sequences))
-    settings = [sequence.request.sampling for sequence in sequences]
-    return Draw(
-        temperature=np.array([s.temperature for s in settings], np.float32),
-        top_k=np.array([s.top_k for s in settings], np.int64),
-        top_p=np.array([s.top_p for s in settings], np.float32),
-        min_p=np.array([s.min_p for s in settings], np.float32),
-        uniform=np.array([uniform(s.request.sampling.seed, len(s.tokens)) for s in sequences], np.float32),
-        forced=np.full(len(settings), -1, np.int64),
-    )
+def _chunk(left: int, most: int) -> int:
+    """How many of a prompt's `left` tokens to compute at once, at most `most`, which is a tile or more.
+
+    Kernels work through rows in tiles of 16 and more, and compute a row that is alone in its tile with other roundings: no
+    chunk leaves one, so that a prompt's rows come out the same in whatever chunks they are computed.
+    """
+    size = min(left, most)
+    if left - size == 1:
+        size -= 1
+    return size - 2 if size % _TILE == 1 and left > 1 else size

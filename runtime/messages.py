@@ -52,6 +52,10 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     sampling: Sampling = Sampling()
     stop_ids: list[int] = []
     """Tokens that end the answer; the one that does is not part of it."""
+    speculation: bool = True
+    """Guess tokens and verify several in one step where that is faster."""
+    prediction: list[int] = []
+    """What the answer is expected to be, for the guesses' sake."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -120,7 +124,13 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """Steps since the start, prefill chunks and decode batches together."""
     prompt_tokens: int
     """Prompt tokens computed since the start."""
+    cached_tokens: int
+    """Prompt tokens that were found in a slot instead."""
     generated_tokens: int
+    guessed_tokens: int
+    """Tokens that were guessed and verified since the start."""
+    accepted_tokens: int
+    """Of these, the right ones."""
     step_seconds: float
     """Time spent inside the engine since the start."""
 

@@ -1,6 +1,29 @@
 """The random numbers of sampling: a counter-based generator, so that a draw depends on its seed and place alone."""
 
+import numpy as np
+
+from runtime.engine import Draw
+from runtime.sequence import Sequence
+
 _MASK = 2**64 - 1
+
+
+def draw(rows: list[tuple[Sequence, int]]) -> Draw:
+    """How the tokens of `rows` are chosen: for each the sequence, and how many tokens after its next one this one is."""
+    if all(sequence.request.sampling.temperature <= 0 for sequence, _ in rows):
+        return Draw.greedy(len(rows))
+    settings = [sequence.request.sampling for sequence, _ in rows]
+    return Draw(
+        temperature=np.array([s.temperature for s in settings], np.float32),
+        top_k=np.array([s.top_k for s in settings], np.int64),
+        top_p=np.array([s.top_p for s in settings], np.float32),
+        min_p=np.array([s.min_p for s in settings], np.float32),
+        uniform=np.array(
+            [uniform(s.request.sampling.seed, len(s.tokens) + later) for s, later in rows],
+            np.float32,
+        ),
+        forced=np.full(len(rows), -1, np.int64),
+    )
 
 
 def uniform(seed: int, index: int) -> float:

@@ -7,6 +7,7 @@ import numpy as np
 
 from runtime.engine import Int64
 from runtime.messages import Finish, Generate
+from runtime.speculation import DRAFT_MEMORY, DRAFT_PRIOR, MEMORY, Lookup
 
 
 @dataclass(eq=False)
@@ -23,7 +24,12 @@ class Sequence:
     """Of these, prompt tokens whose keys and values stood in a slot already."""
     tokens: list[int] = field(default_factory=list)
     finish: Finish | None = None
-    message: str = ""
+    lookup: Lookup | None = None
+    """Guesses from the sequence's own tokens; None where it wants none."""
+    draft_share: float = DRAFT_PRIOR
+    """Of a draft engine's recent guesses, the share that was right."""
+    turn: int = 0
+    """The iteration in which guesses of it were verified last."""
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -59,3 +65,18 @@ class Sequence:
         if len(self.tokens) >= self.request.max_tokens or self.length >= context:
             self.finish = "length"
         return True
+
+    def guess(self, count: int) -> list[int]:
+        """The `count` tokens that its own say will come next."""
+        return [] if self.lookup is None else self.lookup.guess(count)
+
+    def note(self, tokens: list[int]) -> None:
+        """Learn from the tokens that came what can be expected next."""
+        if self.lookup is not None:
+            self.lookup.extend(tokens)
+        self.draft_share += (DRAFT_PRIOR - self.draft_share) / DRAFT_MEMORY
+
+    def judge_draft(self, guesses: int, right: int) -> None:
+        """Note that the first `right` of a draft engine's `guesses` were right; those after a wrong one tell nothing."""
+        for index in range(min(guesses, right + 1)):
+            self.draft_share += ((index < right) - self.draft_share) / MEMORY

@@ -4,44 +4,52 @@ A decode step runs over neighbouring slots, so the decoding sequences hold the f
 free is filled by the last of them. What stood in it goes to that one's old place, so that a later prompt that begins alike
 finds its rows.
 
-Rows are reused in whole chunks of a prompt's prefill only. Computed by the same operators on the same shapes, they are the
-very bits that the new request would have computed itself: reuse never changes a token.
+Only rows that prefill wrote are reused. Computed by the same operators, they are the very bits that the new request would
+have computed itself, in whatever chunks of two and more: reuse never changes a token. A lone row takes other kernels, so the
+rows of decode steps and of prompts of one token are not reused.
 """
 
+import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import count
+from typing import Protocol
 
 import numpy as np
 
-from runtime.engine import Engine, Int64
+from runtime.engine import Int64
+from runtime.radix import Radix
 from runtime.sequence import Sequence
 
+BLOCK = 16
+"""Prompts share rows in whole blocks of so many tokens: whoever would find out another's prompt by the time that his own takes
+must guess as many of its tokens at once."""
+_NOTHING: Int64 = np.zeros(0, np.int64)
 
-@dataclass
-class _Rows:
-    """What stands in a slot."""
 
-    prompt: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
-    """The prompt's tokens whose rows were prefilled in whole chunks, from position 0."""
-    used: int = 0
-    """Grows with every use; the free slot with the least is overwritten first."""
+class Memory(Protocol):
+    """What holds the slots' keys and values."""
 
-    def common(self, prompt: Int64, chunk: int) -> int:
-        """Leading tokens of `prompt` whose rows stand here, in whole chunks."""
-        length = min(len(self.prompt), len(prompt))
-        differing = np.flatnonzero(self.prompt[:length] != prompt[:length])
-        same = int(differing[0]) if len(differing) else length
-        return same - same % chunk
+    def copy(self, source: int, target: int, length: int) -> None:
+        """See `runtime.engine.Engine.copy`."""
+        ...
+
+    def exchange(self, first: tuple[int, int], second: tuple[int, int]) -> None:
+        """See `runtime.engine.Engine.exchange`."""
+        ...
 
 
 class Slots:
-    """The slots of `engine`, whose prompts are prefilled in chunks of `chunk` tokens."""
+    """The `count` slots of `memories`, which all hold the same sequences."""
 
-    def __init__(self, engine: Engine, chunk: int) -> None:
-        self._engine, self._chunk = engine, chunk
-        self._rows = [_Rows() for _ in range(engine.slots)]
-        self._clock = count(1)
+    def __init__(self, count: int, memories: Iterable[Memory]) -> None:
+        self._count = count
+        self.memories = list(memories)
+        self._prompts = [_NOTHING] * count
+        """The tokens of the prompt whose prefilled rows stand in each slot, from position 0."""
+        self._index = Radix()
+        """Over `_prompts`."""
+        self._used = [0] * count
+        """Grows with every use; the free slot with the least is overwritten first."""
+        self._clock = itertools.count(1)
         self.decoding: list[Sequence] = []
         """Sequence i of this list holds slot i."""
         self.prefilling: Sequence | None = None
@@ -49,7 +57,7 @@ class Slots:
     @property
     def free(self) -> int:
         """Slots that nobody holds."""
-        return self._engine.slots - len(self.decoding) - (self.prefilling is not None)
+        return self._count - len(self.decoding) - (self.prefilling is not None)
 
     @property
     def held(self) -> Iterable[Sequence]:
@@ -63,27 +71,29 @@ class Slots:
         """
         if not self.free or self.prefilling is not None:
             raise RuntimeError("no slot for a prefill")
-        # The last token is always computed: its logits are wanted.
-        source, length = self._longest(sequence.prompt[:-1])
         target = len(self.decoding)
-        if length:
-            self._touch(source)
-        if source < target:  # a running sequence keeps its rows
-            self._save(target)
-            self._engine.copy(source, target, length)
-        else:
+        # The last token is always computed, for its logits, and never alone: a lone row would come out with other bits.
+        common, sources = self._index.longest(sequence.prompt[:-2])
+        length = common - common % BLOCK
+        source = target if target in sources else max(sources, key=self._used.__getitem__, default=target)
+        whole = source > target and length == len(self._prompts[source])
+        if whole or source == self._oldest():  # what stands there is used up, or would be overwritten next
             self._swap(source, target)
-            if length < len(self._rows[target].prompt):
+        else:
+            if length < len(self._prompts[target]):
                 self._save(target)
-        self._rows[target] = _Rows(sequence.prompt[:length])
+            if source != target:
+                self._copy(source, target, length)
+                self._touch(source)
+        self._hold(target, sequence.prompt[:length])
         self._touch(target)
         sequence.slot, sequence.computed, sequence.cached = target, length, length
         self.prefilling = sequence
 
     def prefilled(self, sequence: Sequence) -> None:
         """Note that the rows of the sequence's prompt up to `computed` stand in its slot."""
-        whole = sequence.computed - sequence.computed % self._chunk
-        self._rows[sequence.slot].prompt = sequence.prompt[:whole]
+        if len(sequence.prompt) > 1:
+            self._hold(sequence.slot, sequence.prompt[: sequence.computed])
 
     def promote(self) -> Sequence:
         """The prefilled sequence decodes from now on; it is returned."""
@@ -109,8 +119,8 @@ class Slots:
 
     def forget(self) -> None:
         """Trust no row that stands in a slot; for after an engine has failed."""
-        for rows in self._rows:
-            rows.prompt = rows.prompt[:0]
+        for slot in range(self._count):
+            self._hold(slot, _NOTHING)
 
     def check(self) -> None:
         """Raise RuntimeError where the books do not agree; cheap enough for every idle moment."""
@@ -120,34 +130,41 @@ class Slots:
         if self.free < 0:
             raise RuntimeError("more sequences hold slots than there are")
 
-    def _longest(self, prompt: Int64) -> tuple[int, int]:
-        """The slot where most of `prompt` stands, the target itself where it is as good, and how much that is."""
-        target = len(self.decoding)
-        lengths = [rows.common(prompt, self._chunk) for rows in self._rows]
-        best = max(lengths)
-        return (target, best) if lengths[target] == best else (lengths.index(best), best)
+    def _oldest(self) -> int:
+        """The slot that nobody holds and nobody used for longest."""
+        return min(range(len(self.decoding), self._count), key=self._used.__getitem__)
 
     def _save(self, slot: int) -> None:
         """Before `slot` is overwritten: copy its rows over those that have been idle longest, if these are not its own."""
-        oldest = min(range(len(self.decoding), self._engine.slots), key=lambda index: self._rows[index].used)
-        rows = self._rows[slot]
-        if oldest != slot and len(rows.prompt):
-            self._engine.copy(slot, oldest, len(rows.prompt))
-            self._rows[oldest] = _Rows(rows.prompt, rows.used)
-
-    def _swap(self, one: int, other: int) -> None:
-        if one != other:
-            self._engine.exchange((one, len(self._rows[one].prompt)), (other, len(self._rows[other].prompt)))
-            self._rows[one], self._rows[other] = self._rows[other], self._rows[one]
+        oldest, prompt = self._oldest(), self._prompts[slot]
+        if oldest != slot and len(prompt):
+            self._copy(slot, oldest, len(prompt))
+            self._hold(oldest, prompt)
+            self._used[oldest] = self._used[slot]
 
     def _move(self, sequence: Sequence, slot: int) -> None:
         """Put `sequence` into `slot`, and the prompt rows that stand there into its old place."""
-        old = sequence.slot
-        if old == slot:
+        old, sequence.slot = sequence.slot, slot
+        self._swap(old, slot, keep=sequence.computed)
+
+    def _swap(self, one: int, other: int, keep: int = 0) -> None:
+        """Exchange two slots: the prompt rows of both, and the first `keep` rows of `one` at least."""
+        if one == other:
             return
-        self._engine.exchange((old, sequence.computed), (slot, len(self._rows[slot].prompt)))
-        self._rows[old], self._rows[slot] = self._rows[slot], self._rows[old]
-        sequence.slot = slot
+        first, second = self._prompts[one], self._prompts[other]
+        for memory in self.memories:
+            memory.exchange((one, max(keep, len(first))), (other, len(second)))
+        self._hold(one, second)
+        self._hold(other, first)
+        self._used[one], self._used[other] = self._used[other], self._used[one]
+
+    def _copy(self, source: int, target: int, length: int) -> None:
+        for memory in self.memories:
+            memory.copy(source, target, length)
+
+    def _hold(self, slot: int, prompt: Int64) -> None:
+        self._prompts[slot] = prompt
+        self._index.hold(slot, prompt)
 
     def _touch(self, slot: int) -> None:
-        self._rows[slot].used = next(self._clock)
+        self._used[slot] = next(self._clock)

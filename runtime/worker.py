@@ -11,8 +11,9 @@ from pathlib import Path
 import zmq
 
 from runtime import messages, ort
-from runtime.bundle import BundleError, read
-from runtime.engine import EngineError
+from runtime.bundle import Bundle, BundleError, read
+from runtime.draft import Drafter
+from runtime.engine import Engine, EngineError
 from runtime.loop import PREFILL_BUDGET, Loop, News
 from runtime.messages import Attach, Cancel, Generate, Heartbeat, Progress, Ready
 
@@ -111,7 +112,10 @@ class Worker:
             kv_tokens=self._loop.kv_tokens,
             steps=counters.steps,
             prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
             generated_tokens=counters.generated_tokens,
+            guessed_tokens=counters.guessed_tokens,
+            accepted_tokens=counters.accepted_tokens,
             step_seconds=counters.step_seconds,
         )
         for owner in list(self._fronts):
@@ -126,10 +130,28 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, help="tokens a slot holds (default: what the model was made for)")
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait for a slot (default 64)")
     parser.add_argument("--prefill-budget", type=int, default=PREFILL_BUDGET, help="prompt tokens between two decode steps")
+    parser.add_argument("--no-speculation", action="store_true", help="never guess tokens to verify several in one step")
+    parser.add_argument("--draft", type=Path, help="folder of a smaller model's bundle with the same tokenizer, to guess with")
+    parser.add_argument("--draft-variant", help="variant of it (default: the smallest for the cpu)")
     parser.add_argument("--threads", type=int, default=0, help="threads of the engine (default: all cores)")
     parser.add_argument("--socket", required=True, help="ZeroMQ address to bind, as ipc:///run/engine.sock")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser.parse_args()
+
+
+def _drafter(arguments: argparse.Namespace, manifest: Bundle, engine: Engine) -> Drafter | None:
+    """The draft engine of `--draft`, if there is one. Raises BundleError or EngineError."""
+    if arguments.draft is None or arguments.no_speculation:
+        return None
+    draft = read(arguments.draft)
+    if draft.tokenizer != manifest.tokenizer:
+        raise BundleError(
+            f"bundle {draft.name!r} has another tokenizer than {manifest.name!r}, so it cannot draft for it; "
+            "take a smaller model of the same family"
+        )
+    variant = draft.variant(arguments.draft_variant)
+    slots, context = engine.slots, engine.context
+    return Drafter(ort.start(arguments.draft, draft, variant, slots=slots, context=context, threads=arguments.threads), engine)
 
 
 def main() -> int:
@@ -140,9 +162,10 @@ def main() -> int:
     try:
         manifest = read(arguments.bundle)
         variant = manifest.variant(arguments.variant)
-        engine = ort.load(
-            arguments.bundle, variant.name, slots=arguments.slots, context=arguments.context, threads=arguments.threads
+        engine = ort.start(
+            arguments.bundle, manifest, variant, slots=arguments.slots, context=arguments.context, threads=arguments.threads
         )
+        drafter = _drafter(arguments, manifest, engine)
     except (BundleError, EngineError) as error:
         print(f"engineshed: {error}", file=sys.stderr)
         return BAD_BUNDLE
@@ -155,7 +178,13 @@ def main() -> int:
         vocab_size=engine.vocab_size,
         pid=os.getpid(),
     )
-    loop = Loop(engine, queue=arguments.queue, prefill_budget=arguments.prefill_budget)
+    loop = Loop(
+        engine,
+        queue=arguments.queue,
+        prefill_budget=arguments.prefill_budget,
+        speculation=not arguments.no_speculation,
+        drafter=drafter,
+    )
     Worker(loop, ready, arguments.socket).run(parent=sys.stdin.fileno())
     return 0
 

@@ -39,10 +39,24 @@ class Message(msgspec.Struct, frozen=True):
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
 
+class Prediction(msgspec.Struct, frozen=True):
+    """What the client expects the answer to be, for the most part: where it comes true, the answer comes faster."""
+
+    type: Literal["content"]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
 class StreamOptions(msgspec.Struct, frozen=True):
     """What a stream carries besides its text."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """vLLM's: with the usage wanted, every chunk carries that so far."""
 
 
 class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +74,10 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     """Absent is random."""
     stop: Stop | None = None
+    ignore_eos: bool | None = None
+    """vLLM's and llama.cpp's: go on past the model's own end of an answer."""
+    speculation: bool | None = None
+    """Whether tokens may be guessed and verified several at a time; absent is yes."""
 
     @property
     def limit(self) -> tuple[str, int | None]:
@@ -102,6 +120,11 @@ class OpenAIBody(GenerationBody, frozen=True, kw_only=True):
         """Whether the stream's last chunk carries the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk does."""
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
     def refuse_if_set(self, *names: str) -> None:
         """Refuse a field that is known but not available, unless its value changes nothing."""
         for name in names:
@@ -123,6 +146,7 @@ class ChatBody(OpenAIBody, frozen=True, kw_only=True):
     """OpenAI's newer name of max_tokens."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    prediction: Prediction | None = None
 
     response_format: ResponseFormat | None = None
     tools: list[msgspec.Raw] | None = None

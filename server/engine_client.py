@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+import msgspec
 import zmq
 
 from runtime import messages
-from runtime.messages import Attach, Cancel, Generate, Heartbeat, Progress, Ready, Refused, Row, Sampling
+from runtime.messages import Attach, Cancel, Generate, Heartbeat, Progress, Ready, Refused, Row
 
 PENDING_TOKENS = 1024
 """Tokens that may wait for a client that reads too slowly; then its request is cancelled."""
@@ -134,11 +135,11 @@ class EngineClient:
         return await asyncio.shield(self._attached)
 
     @contextmanager
-    def generate(self, prompt: list[int], max_tokens: int, sampling: Sampling, stop_ids: list[int]) -> Iterator[Answer]:
-        """Start a request; leaving the context before its end cancels it at once."""
+    def generate(self, request: Generate) -> Iterator[Answer]:
+        """Start a request, whose id is this connection's matter; leaving the context before its end cancels it at once."""
         id_, answer = next(self._ids), Answer()
         self._answers[id_] = answer
-        self._send(Generate(id_, prompt, max_tokens, sampling, stop_ids))
+        self._send(msgspec.structs.replace(request, id=id_))
         try:
             yield answer
         finally:

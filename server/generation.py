@@ -39,31 +39,23 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the engine is asked for."""
-
-    prompt: list[int]
-    max_tokens: int
-    sampling: Sampling
-    stop_ids: list[int]
-    arrived: float
-    """time.perf_counter() when the request came."""
-
-
-@dataclass(frozen=True)
 class Piece:
     """Text that can be sent, and the tokens that completed it; text is empty only in a last piece."""
 
     text: str
     tokens: list[int]
     logprobs: list[float]
+    usage: Usage
+    """Up to here."""
 
 
 class Generation:
     """An async iterator of an answer's pieces. Raises ApiError where the answer ends without a finish reason."""
 
-    def __init__(self, job: Job, answer: Answer, text: TextStream, metrics: Metrics) -> None:
-        self._job = job
+    def __init__(self, prompt: list[int], arrived: float, answer: Answer, text: TextStream, metrics: Metrics) -> None:
+        """`arrived` is time.perf_counter() when the request came."""
+        self._prompt_tokens = len(prompt)
+        self._arrived = arrived
         self._answer = answer
         self._text = text
         self._metrics = metrics
@@ -78,7 +70,7 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """The tokens so far."""
-        prompt, completion = len(self._job.prompt), self._completion_tokens
+        prompt, completion = self._prompt_tokens, self._completion_tokens
         return Usage(prompt, completion, prompt + completion, PromptDetails(self._cached))
 
     def __aiter__(self) -> "Generation":
@@ -97,7 +89,7 @@ class Generation:
                 text += self._take(row)
         tokens, self._tokens = self._tokens, []
         logprobs, self._logprobs = self._logprobs, []
-        return Piece(text, tokens, logprobs)
+        return Piece(text, tokens, logprobs, self.usage)
 
     async def whole(self) -> Piece:
         """All that is left of the answer in one piece."""
@@ -106,6 +98,7 @@ class Generation:
             "".join(piece.text for piece in pieces),
             [token for piece in pieces for token in piece.tokens],
             [logprob for piece in pieces for logprob in piece.logprobs],
+            self.usage,
         )
 
     async def _rows(self) -> list[Row]:
@@ -144,13 +137,13 @@ class Generation:
         if not self._started:
             self._started = True
             self._cached = row.cached
-            self._metrics.prompt_tokens.inc(len(self._job.prompt))
+            self._metrics.prompt_tokens.inc(self._prompt_tokens)
             self._metrics.cached_tokens.inc(row.cached)
         if not tokens:
             return
         now = time.perf_counter()
         if self._last_token is None:
-            self._metrics.first_token.observe(now - self._job.arrived)
+            self._metrics.first_token.observe(now - self._arrived)
         else:
             for _ in range(tokens):
                 self._metrics.inter_token.observe((now - self._last_token) / tokens)

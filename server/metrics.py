@@ -80,4 +80,7 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("engineshed_engine_steps", "Prefill chunks and decode batches", value=beat.steps)
         yield CounterMetricFamily("engineshed_engine_seconds", "Time inside the engine", value=beat.step_seconds)
         yield CounterMetricFamily("engineshed_engine_prompt_tokens", "Prompt tokens computed", value=beat.prompt_tokens)
+        yield CounterMetricFamily("engineshed_engine_cached_tokens", "Prompt tokens reused instead", value=beat.cached_tokens)
         yield CounterMetricFamily("engineshed_engine_generated_tokens", "Tokens generated", value=beat.generated_tokens)
+        yield CounterMetricFamily("engineshed_engine_guessed_tokens", "Tokens guessed and verified", value=beat.guessed_tokens)
+        yield CounterMetricFamily("engineshed_engine_accepted_tokens", "Of these, the right ones", value=beat.accepted_tokens)

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 import msgspec
 from aiohttp import web
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from server.answers import (
     AssistantMessage,
@@ -24,7 +24,7 @@ from server.answers import (
 )
 from server.bodies import ChatBody, CompletionBody, OpenAIBody, read
 from server.errors import ApiError, bad_request
-from server.generation import Generation, Piece
+from server.generation import Generation, Piece, Usage
 from server.service import SERVICE, Service
 from server.streaming import send
 
@@ -37,7 +37,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = await read(request, ChatBody)
     service.check_model(body.model)
     prompt = await service.tokenize_chat(body.messages)
-    with service.generate(request, body, prompt, of="messages") as generation:
+    expected = body.prediction.text if body.prediction is not None else ""
+    prediction = await service.tokenize(expected, of="prediction", special=False) if expected else []
+    with service.generate(request, body, prompt, of="messages", prediction=prediction) as generation:
         if body.stream:
             return await send(request, generation, ChatStream(service, body))
         piece = await generation.whole()
@@ -88,8 +90,13 @@ class _Events:
         self.text = service.text
         self.head = head
         self.include_usage = body.include_usage
-        self.no_usage = None if body.include_usage else UNSET
-        """What the chunks before the last say of the usage."""
+        self._continuous_usage = body.continuous_usage
+
+    def usage(self, piece: Piece | None = None) -> Usage | UnsetType | None:
+        """What a chunk before the last says of the usage."""
+        if piece is not None and self._continuous_usage:
+            return piece.usage
+        return None if self.include_usage else UNSET
 
     def error(self, error: ApiError) -> bytes:
         """An `error` event."""
@@ -110,8 +117,8 @@ class ChatStream(_Events):
     def piece(self, piece: Piece) -> bytes:
         """The text, and its tokens if they are wanted."""
         if self._logprobs:
-            return self._chunk(ChatDelta(Delta(content=piece.text), logprobs=ChatLogprobs.of(piece, self.text)))
-        return self._chunk(ChatDelta(Delta(content=piece.text))) if piece.text else b""
+            return self._chunk(ChatDelta(Delta(content=piece.text), logprobs=ChatLogprobs.of(piece, self.text)), piece)
+        return self._chunk(ChatDelta(Delta(content=piece.text)), piece) if piece.text else b""
 
     def end(self, generation: Generation) -> bytes:
         """The finish reason, the usage if it is wanted, and `[DONE]`."""
@@ -120,8 +127,8 @@ class ChatStream(_Events):
             last += _event(ChatChunk(**self.head, choices=[], usage=generation.usage))
         return last + DONE
 
-    def _chunk(self, choice: ChatDelta) -> bytes:
-        return _event(ChatChunk(**self.head, choices=[choice], usage=self.no_usage))
+    def _chunk(self, choice: ChatDelta, piece: Piece | None = None) -> bytes:
+        return _event(ChatChunk(**self.head, choices=[choice], usage=self.usage(piece)))
 
 
 class CompletionStream(_Events):
@@ -140,8 +147,8 @@ class CompletionStream(_Events):
         """The text, and its tokens if they are wanted."""
         offset, self._offset = self._offset, self._offset + len(piece.text)
         if self._logprobs:
-            return self._chunk(CompletionChoice(piece.text, logprobs=CompletionLogprobs.of(piece, self.text, offset)))
-        return self._chunk(CompletionChoice(piece.text)) if piece.text else b""
+            return self._chunk(CompletionChoice(piece.text, logprobs=CompletionLogprobs.of(piece, self.text, offset)), piece)
+        return self._chunk(CompletionChoice(piece.text), piece) if piece.text else b""
 
     def end(self, generation: Generation) -> bytes:
         """The finish reason, the usage if it is wanted, and `[DONE]`."""
@@ -150,8 +157,8 @@ class CompletionStream(_Events):
             last += _event(Completion(**self.head, choices=[], usage=generation.usage))
         return last + DONE
 
-    def _chunk(self, choice: CompletionChoice) -> bytes:
-        return _event(Completion(**self.head, choices=[choice], usage=self.no_usage))
+    def _chunk(self, choice: CompletionChoice, piece: Piece | None = None) -> bytes:
+        return _event(Completion(**self.head, choices=[choice], usage=self.usage(piece)))
 
 
 class _Head(TypedDict):

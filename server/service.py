@@ -2,18 +2,20 @@
 
 import asyncio
 from collections.abc import Iterator
+from collections.abc import Sequence as Tokens
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from aiohttp import web
 
 from runtime.bundle import Bundle, Variant
-from runtime.messages import Ready
+from runtime.messages import Generate, Ready
 from runtime.text import Text, TextError
 from server.bodies import GenerationBody, Message
 from server.engine_client import EngineClient, EngineSource
 from server.errors import ApiError, bad_request, unavailable
-from server.generation import Generation, Job, sampling
+from server.generation import Generation, sampling
 from server.metrics import Metrics
 
 LONG_TEXT = 10_000
@@ -68,14 +70,15 @@ class Service:
             if not 0 <= token < self.bundle.vocab_size:
                 raise bad_request(f"The prompt's token {token} is not between 0 and {self.bundle.vocab_size - 1}.", "prompt")
 
-    async def tokenize(self, prompt: str) -> list[int]:
-        """The tokens of a text prompt; raises ApiError 400."""
+    async def tokenize(self, text: str, *, of: str = "prompt", special: bool = True) -> list[int]:
+        """The tokens of the text in the body's field `of`, with the beginning-of-sequence token if `special` and the model
+        has one; raises ApiError 400.
+        """
+        encode = partial(self.text.encode, text, special=special)
         try:
-            if len(prompt) > LONG_TEXT:
-                return await asyncio.to_thread(self.text.encode, prompt)
-            return self.text.encode(prompt)
+            return await asyncio.to_thread(encode) if len(text) > LONG_TEXT else encode()
         except TextError as error:
-            raise bad_request(str(error), "prompt") from None
+            raise bad_request(str(error), of) from None
 
     async def tokenize_chat(self, messages: list[Message]) -> list[int]:
         """The tokens of a chat in the model's own template, up to where its answer begins; raises ApiError 400."""
@@ -88,21 +91,26 @@ class Service:
             raise bad_request(str(error), "messages") from None
 
     @contextmanager
-    def generate(self, request: web.Request, body: GenerationBody, prompt: list[int], *, of: str) -> Iterator[Generation]:
+    def generate(
+        self, request: web.Request, body: GenerationBody, prompt: list[int], *, of: str, prediction: Tokens[int] = ()
+    ) -> Iterator[Generation]:
         """Ask the engine to continue `prompt`, the tokens of the body's field `of`; leaving the context frees its slot.
 
-        Raises ApiError: 400 if the prompt is empty, or has no room in the context together with max_tokens; 503.
+        `prediction` is what the client expects as the answer. Raises ApiError: 400 if the prompt is empty, or has no room
+        in the context together with max_tokens; 503.
         """
         client, ready = self._connection()
-        job = Job(
-            prompt,
-            _room(ready, body, prompt, of),
-            sampling(body),
-            list(self.bundle.stop_ids),
-            request[ARRIVED],
+        wanted = Generate(
+            id="",
+            prompt=prompt,
+            max_tokens=_room(ready, body, prompt, of),
+            sampling=sampling(body),
+            stop_ids=[] if body.ignore_eos else list(self.bundle.stop_ids),
+            speculation=body.speculation is not False,
+            prediction=list(prediction[: ready.context]),
         )
-        with client.generate(job.prompt, job.max_tokens, job.sampling, job.stop_ids) as answer:
-            yield Generation(job, answer, self.text.stream(body.stops), self.metrics)
+        with client.generate(wanted) as answer:
+            yield Generation(prompt, request[ARRIVED], answer, self.text.stream(body.stops), self.metrics)
 
     def _connection(self) -> tuple[EngineClient, Ready]:
         if self.draining:

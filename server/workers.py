@@ -2,20 +2,14 @@
 
 import asyncio
 import logging
-import os
-import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-import zmq
-
-import runtime
-from runtime.messages import HEARTBEAT_SECONDS
+from runtime.messages import HEARTBEAT_SECONDS, Ready
 from server.engine_client import EngineClient, EngineUnavailableError
+from server.process import EngineProcess, ServeError
 
 SILENCE_SECONDS = 60 * HEARTBEAT_SECONDS
 """A worker from which nothing comes for so long is taken for dead."""
@@ -26,35 +20,26 @@ BACK_OFF_SECONDS = (0.1, 0.5, 2.0, 5.0, 15.0, 30.0)
 HOPELESS = 2
 """The exit code of a worker that cannot start and would not a second time; it has said why on stderr."""
 
-CODE = Path(runtime.__file__).parent.parent
-"""Where this process has its code from, so that a worker has the same, whatever the working directory."""
-
 log = logging.getLogger(__name__)
 
 
-def command(folder: Path, variant: str, *, slots: int, context: int, queue: int, log_level: str) -> list[str]:
-    """The command line of a worker for a bundle's variant, without its socket."""
-    options = {"bundle": folder, "variant": variant, "slots": slots, "context": context, "queue": queue, "log-level": log_level}
-    return [sys.executable, "-P", "-m", "runtime.worker", *(f"--{name}={value}" for name, value in options.items())]
-
-
-class WorkerHopelessError(Exception):
+class WorkerHopelessError(ServeError):
     """The engine cannot be loaded, now or later."""
 
 
 class Worker:
     """Keeps one engine process alive and a connection to it.
 
-    An async context, at whose end the process has ended. The command is given `--socket=ADDRESS`, and a stdin whose
-    end says that this process is gone.
+    An async context, at whose end the process has ended. The first one may have been started already: `first`, which then
+    is this context's to end.
     """
 
-    def __init__(self, command: Sequence[str], *, silence: float = SILENCE_SECONDS) -> None:
+    def __init__(self, command: Sequence[str], *, first: EngineProcess | None = None, silence: float = SILENCE_SECONDS) -> None:
         self._command = command
+        self._first = first
         self._silence = silence
         self._client: EngineClient | None = None
         self._starts = 0
-        self._loaded = asyncio.Event()
 
     @property
     def client(self) -> EngineClient | None:
@@ -68,7 +53,7 @@ class Worker:
 
     async def __aenter__(self) -> Self:
         """Have the process started; it takes requests when `loaded` returns."""
-        self._sockets = tempfile.TemporaryDirectory(prefix="engineshed-")
+        self._loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._keeping = asyncio.create_task(self._keep(), name="keep the worker")
         return self
 
@@ -77,58 +62,54 @@ class Worker:
     ) -> None:
         """End the process; requests that it still has end with an error."""
         self._keeping.cancel()
-        with suppress(asyncio.CancelledError, WorkerHopelessError):
+        with suppress(asyncio.CancelledError, ServeError):
             await self._keeping
-        self._sockets.cleanup()
 
-    async def loaded(self) -> None:
-        """Return once an engine has been loaded for the first time; raises WorkerHopelessError."""
-        loaded = asyncio.create_task(self._loaded.wait())
-        await asyncio.wait({loaded, self._keeping}, return_when=asyncio.FIRST_COMPLETED)
-        loaded.cancel()
+    async def loaded(self) -> Ready:
+        """Wait until an engine has been loaded for the first time; gives what it said of itself, raises ServeError."""
+        either: set[asyncio.Future[Any]] = {self._loaded, self._keeping}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if self._keeping.done():
             self._keeping.result()
+        return self._loaded.result()
 
     async def hopeless(self) -> None:
-        """Wait for the day on which no engine can be loaded any more: never returns, raises WorkerHopelessError."""
+        """Wait for the day on which no engine can be loaded any more: never returns, raises ServeError."""
         await asyncio.shield(self._keeping)
 
     async def _keep(self) -> None:
         failures = 0
+        process = self._first or EngineProcess(self._command)
         while True:
-            loaded, code = await self._live(f"ipc://{self._sockets.name}/{self._starts}")
+            self._starts += 1
+            with process:
+                loaded, code = await self._live(process)
             if code == HOPELESS and not loaded:
                 raise WorkerHopelessError("the engine cannot be loaded")
             failures = 0 if loaded else failures + 1
             pause = BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS) - 1)]
             log.error("the engine's process ended with code %d; a new one starts in %.1f s", code, pause)
             await asyncio.sleep(pause)
+            process = EngineProcess(self._command)
 
-    async def _live(self, address: str) -> tuple[bool, int]:
-        """One process from its start to its end: whether it loaded its engine, and its exit code."""
-        client = _connect(address)
-        process = await asyncio.create_subprocess_exec(
-            *self._command,
-            f"--socket={address}",
-            stdin=asyncio.subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(CODE), *filter(None, [os.environ.get("PYTHONPATH")])])},
-            start_new_session=True,  # Ctrl-C in a terminal is for this process, which then ends that one in good order.
-        )
-        self._starts += 1
-        exited = asyncio.create_task(process.wait())
+    async def _live(self, process: EngineProcess) -> tuple[bool, int]:
+        """One process to its end: whether it loaded its engine, and its exit code."""
+        client = EngineClient(process.address)
+        exited = asyncio.create_task(asyncio.to_thread(process.wait))
         attached = asyncio.create_task(client.attach())
         patience = STOP_SECONDS
         try:
             await asyncio.wait({attached, exited}, return_when=asyncio.FIRST_COMPLETED)
             if client.ready is not None:
                 self._client = client
-                self._loaded.set()
+                if not self._loaded.done():
+                    self._loaded.set_result(client.ready)
                 patience = await self._watch(client, exited)
         finally:
             self._client = None
             loaded = client.ready is not None
             client.close(EngineUnavailableError("The engine stopped before the answer was complete. Try again in a moment."))
-            code = await _end(process, patience)
+            code = await _end(process, exited, patience)
         return loaded, code
 
     async def _watch(self, client: EngineClient, exited: asyncio.Task[int]) -> float:
@@ -143,20 +124,9 @@ class Worker:
         return STOP_SECONDS
 
 
-def _connect(address: str) -> EngineClient:
-    try:
-        return EngineClient(address)
-    except zmq.ZMQError as error:
-        raise WorkerHopelessError(f"no engine can be reached at {address} ({error.strerror}); try a shorter TMPDIR") from error
-
-
-async def _end(process: asyncio.subprocess.Process, patience: float) -> int:
+async def _end(process: EngineProcess, exited: asyncio.Task[int], patience: float) -> int:
     """Ask the process to end, wait for `patience` seconds, and kill it; gives its exit code."""
-    assert process.stdin is not None
-    process.stdin.close()
-    try:
-        return await asyncio.wait_for(process.wait(), patience)
-    except TimeoutError:
-        with suppress(ProcessLookupError):
-            process.kill()
-        return await process.wait()
+    process.hang_up()
+    await asyncio.wait({exited}, timeout=patience)
+    process.kill()
+    return await exited

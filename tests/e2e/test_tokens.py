@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from export import recipe, source, verify
 from runtime import bundle, ort
 from runtime.bundle import Bundle
+from runtime.draft import Drafter
 from runtime.loop import Loop
-from runtime.messages import Generate
+from runtime.messages import Generate, Row
 from runtime.ort import OrtEngine
 from runtime.text import Text
 
@@ -97,9 +98,9 @@ def load() -> Iterator[Callable[[str, int], OrtEngine]]:
         engine.close()
 
 
-def answers(engine: OrtEngine, prompts: list[list[int]], *, at_once: int) -> list[list[int]]:
+def answers(engine: OrtEngine, prompts: list[list[int]], *, at_once: int, speculation: bool = True) -> list[list[int]]:
     """Greedy answers of TOKENS tokens, `at_once` requests in the loop at a time; stop tokens do not stop."""
-    loop = Loop(engine, queue=len(prompts))
+    loop = Loop(engine, queue=len(prompts), speculation=speculation)
     got: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(prompts), at_once):
         for i, prompt in enumerate(prompts[start : start + at_once], start):
@@ -118,6 +119,53 @@ def test_the_fp32_engine_gives_transformers_greedy_tokens_alone_and_16_at_a_time
     agreement = verify.compare(reference, prompts, together)
     assert (agreement.compared, agreement.equal) == (32 * TOKENS, 32 * TOKENS), agreement.first
     assert answers(engine, prompts, at_once=1) == together
+    assert answers(engine, prompts, at_once=16, speculation=False) == together
+
+
+STORY = (
+    "The lighthouse at Cape Morrow was built in 1874 by the engineer Thomas Hale. It stands 38 metres tall and its lamp can be "
+    "seen from 24 nautical miles away. The keeper, Anna Lind, has lived there since 1998 with her two dogs. Every spring she "
+    "paints the white tower and repairs the copper roof."
+)
+
+
+@pytest.mark.parametrize("variant", ["cpu-fp32", "cpu-int4"])
+def test_copying_takes_a_fraction_of_the_steps(
+    load: Callable[[str, int], OrtEngine], manifest: Bundle, reference: PreTrainedModel, variant: str
+) -> None:
+    engine, text = load(variant, 1), Text.load(FOLDER, manifest)
+    prompt = text.chat([{"role": "user", "content": f"Repeat the following text word for word.\n\n{STORY}"}])
+    answered, decode_steps = {}, 0
+    for speculation in (False, True):
+        loop = Loop(engine, queue=1, speculation=speculation)
+        loop.submit(b"test", Generate("a", prompt, max_tokens=75))
+        rows: list[Row] = []
+        while loop.busy:
+            rows += [news.row for news in loop.step()]
+        answered[speculation] = [token for row in rows for token in row.tokens]
+        decode_steps = len(rows) - 1
+    stream = text.stream([])
+    assert STORY.startswith((stream.push(answered[True]) + stream.finish()).strip())
+    assert decode_steps < 75 / 2.5
+    if variant == "cpu-fp32":
+        assert answered[True] == answered[False]
+        assert verify.compare(reference, [prompt], [answered[True]]).different == 0
+
+
+def test_a_draft_engine_in_four_bits_speeds_up_the_one_in_fp32_and_changes_no_token(
+    load: Callable[[str, int], OrtEngine], prompts: list[list[int]]
+) -> None:
+    engine = load("cpu-fp32", 16)
+    plain = answers(engine, prompts[:4], at_once=4, speculation=False)
+    loop = Loop(engine, queue=4, drafter=Drafter(load("cpu-int4", 16), engine))
+    got: list[list[int]] = [[] for _ in plain]
+    for i, prompt in enumerate(prompts[:4]):
+        loop.submit(b"test", Generate(str(i), prompt, max_tokens=TOKENS))
+    while loop.busy:
+        for news in loop.step():
+            got[int(news.row.id)] += news.row.tokens
+    assert got == plain
+    assert loop.counters.accepted_tokens > 0.6 * loop.counters.guessed_tokens > 50
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from runtime.engine import Batch, EngineError
 from runtime.loop import PREFILL_BUDGET, PREFILL_CHUNK, Loop
 from runtime.messages import Generate, Refused, Row, Sampling
 from runtime.ort import OrtEngine
+from runtime.pace import LEAST_PREFILL
 
 SLOTS = 4
 CONTEXT = 320
@@ -134,14 +135,20 @@ def test_an_answer_ends_where_the_context_does(loop: Loop) -> None:
 
 
 def test_a_long_prompt_does_not_hold_up_a_running_stream(loop: Loop) -> None:
-    """Between two tokens of the running stream no more than the budget of the newcomer's prompt is computed."""
-    loop.submit(FRONT, Generate("running", prompt(4), max_tokens=30))
-    loop.step()
-    before = loop.counters.prompt_tokens
+    """Between two of its tokens as much of the newcomer's prompt is computed as takes 1.5 decode steps, or the least."""
+    loop.submit(FRONT, Generate("running", prompt(4), max_tokens=300))
+    for _ in range(5):
+        loop.step()
     loop.submit(FRONT, Generate("long", prompt(CONTEXT - 10), max_tokens=2))
-    seen = [news.row.id for news in loop.step()]
-    assert seen == ["running"]
-    assert loop.counters.prompt_tokens - before == PREFILL_BUDGET
+    gaps = []
+    while loop.slots.prefilling is not None or loop.waiting:
+        before, fitting = loop.counters.prompt_tokens, loop._pace.prefill_tokens(PREFILL_BUDGET, 0.0)
+        assert "running" in [news.row.id for news in loop.step()]
+        gaps.append(loop.counters.prompt_tokens - before)
+        assert gaps[-1] <= max(LEAST_PREFILL, fitting)
+    assert sum(gaps) == CONTEXT - 10
+    assert min(gaps[:-2]) >= LEAST_PREFILL - 2
+    loop.cancel(FRONT, "running")
     drain(loop)
 
 
@@ -189,16 +196,16 @@ def test_a_second_request_computes_only_what_is_new(loop: Loop) -> None:
 
 def test_a_running_stream_shares_its_prompt(loop: Loop) -> None:
     shared = prompt(2 * PREFILL_CHUNK)
-    loop.submit(FRONT, Generate("running", [*shared, 5], max_tokens=40))
+    loop.submit(FRONT, Generate("running", [*shared, 5, 6], max_tokens=40))
     loop.step()
-    loop.submit(FRONT, Generate("new", [*shared, 6], max_tokens=2))
+    loop.submit(FRONT, Generate("new", [*shared, 7, 8], max_tokens=2))
     rows = drain(loop)
     assert rows["new"][0].cached == 2 * PREFILL_CHUNK
 
 
 def test_what_was_used_last_is_remembered_longest(loop: Loop) -> None:
     """One more prompt than there are slots, in turn: the oldest is forgotten, the others are not."""
-    prompts = [prompt(PREFILL_CHUNK + 1, seed) for seed in range(SLOTS + 1)]
+    prompts = [prompt(PREFILL_CHUNK + 2, seed) for seed in range(SLOTS + 1)]
     for i, each in enumerate(prompts):
         run(loop, Generate(str(i), each, max_tokens=1))
     cached = [run(loop, Generate(str(i), each, max_tokens=1))[str(i)][0].cached for i, each in enumerate(prompts[1:])]
@@ -210,7 +217,7 @@ def test_an_engine_that_failed_is_not_trusted_to_have_written_its_rows(
     engine: OrtEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = Loop(engine, queue=8)
-    shared = prompt(PREFILL_CHUNK + 1)
+    shared = prompt(PREFILL_CHUNK + 2)
     run(loop, Generate("a", shared, max_tokens=1))
 
     def failing(self: OrtEngine, batch: Batch) -> object:

@@ -19,7 +19,18 @@ from runtime.text import Text
 from server.engine_client import EngineClient
 
 READY = Ready(model="tiny", variant="cpu-int4", slots=2, context=64, queue=4, vocab_size=256, pid=os.getpid())
-IDLE = Heartbeat(running=0, waiting=0, kv_tokens=0, steps=0, prompt_tokens=0, generated_tokens=0, step_seconds=0.0)
+IDLE = Heartbeat(
+    running=0,
+    waiting=0,
+    kv_tokens=0,
+    steps=0,
+    prompt_tokens=0,
+    cached_tokens=0,
+    generated_tokens=0,
+    guessed_tokens=0,
+    accepted_tokens=0,
+    step_seconds=0.0,
+)
 Kind = TypeVar("Kind", Generate, Cancel)
 
 

@@ -81,7 +81,7 @@ def test_the_commands_are_listed_and_an_unknown_one_is_refused(capsys: pytest.Ca
 
 def test_serving_imports_nothing_of_export() -> None:
     script = (
-        "import sys, server.serve, server.chat, server.engines, engineshed;"
+        "import sys, server.serve, server.listening, server.chat, server.engines, engineshed;"
         "print([name for name in ('torch', 'transformers', 'onnx', 'onnxruntime', 'export') if name in sys.modules])"
     )
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

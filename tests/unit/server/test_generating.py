@@ -174,6 +174,37 @@ async def test_sampling_fields_reach_the_engine_and_default_to_openais(house: Ho
     await asking
 
 
+async def test_wishes_for_guesses_and_endings_reach_the_engine(house: House) -> None:
+    fields = {"speculation": False, "ignore_eos": True}
+    asking = asyncio.create_task(whole(house, "/v1/completions", {"prompt": "hi", **fields}))
+    request = await house.worker.next(Generate)
+    assert (request.speculation, request.stop_ids, request.prediction) == (False, [], [])
+    await house.worker.say(request, "!", "stop")
+    await asking
+    chat = {"messages": [{"role": "user", "content": "hi"}], "prediction": {"type": "content", "content": "Hi!"}}
+    asking = asyncio.create_task(whole(house, "/v1/chat/completions", chat))
+    request = await house.worker.next(Generate)
+    assert (request.speculation, request.prediction) == (True, house.worker.text.encode("Hi!"))
+    assert request.stop_ids
+    await house.worker.say(request, "!", "stop")
+    await asking
+
+
+async def test_every_chunk_tells_the_usage_so_far_if_that_is_wanted(house: House) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"prompt": "hi", "stream": True, "stream_options": options}
+    asking = asyncio.create_task(house.http.post("/v1/completions", json=body))
+    request = await house.worker.next(Generate)
+    await house.worker.say(request, "ab")
+    response = await asking
+    first = json.loads((await response.content.readline())[6:])
+    await house.worker.say(request, "c", "stop")
+    events = [first] + [json.loads(line[6:]) async for line in response.content if line.startswith(b"data: {")]
+    texts = [event["usage"]["completion_tokens"] for event in events if event["choices"] and event["choices"][0]["text"]]
+    assert texts == [2, 3]
+    assert events[-1]["usage"]["completion_tokens"] == 3
+
+
 async def test_without_max_tokens_the_answer_may_fill_the_context(house: House) -> None:
     asking = asyncio.create_task(whole(house, "/v1/completions", {"prompt": "hello"}))
     request = await house.worker.next(Generate)

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from runtime.bundle import Bundle
-from runtime.messages import Row, Sampling
+from runtime.messages import Generate, Row
 from runtime.text import Text
 from server import workers
 from server.engine_client import Answer, EngineClient, EngineUnavailableError
+from server.process import EngineProcess, ServeError
 from server.workers import Worker, WorkerHopelessError
 from tests.unit.server.house import service_for, serving
 
@@ -32,6 +33,10 @@ def exists(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
 async def _all_rows(answer: Answer) -> list[Row]:
     rows = await answer.rows()
     while rows[-1].finish is None:
@@ -44,7 +49,7 @@ async def test_a_worker_is_ready_when_its_engine_is_loaded_and_gone_after_the_co
         await asyncio.wait_for(worker.loaded(), 15)
         client, pid = await ready(worker)
         assert exists(pid)
-        with client.generate([1], 3, Sampling(), []) as answer:
+        with client.generate(Generate("", [1], max_tokens=3)) as answer:
             rows = await _all_rows(answer)
         assert sum(len(row.tokens) for row in rows) == 3
     assert not exists(pid)
@@ -52,10 +57,29 @@ async def test_a_worker_is_ready_when_its_engine_is_loaded_and_gone_after_the_co
     assert worker.restarts == 0
 
 
+async def test_a_process_that_runs_already_is_the_first_and_a_dead_one_is_replaced_by_the_command() -> None:
+    with EngineProcess(SCRIPT) as first:
+        async with Worker([sys.executable, "-c", "raise SystemExit(2)"], first=first) as worker:
+            loaded = await asyncio.wait_for(worker.loaded(), 15)
+            assert first.address.removeprefix("ipc://") in command_line(loaded.pid)
+            assert worker.restarts == 0
+            os.kill(loaded.pid, signal.SIGKILL)
+            with pytest.raises(WorkerHopelessError):
+                await asyncio.wait_for(worker.hopeless(), 15)
+
+
+def test_nothing_is_left_of_a_process_whatever_it_was_doing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with EngineProcess([*SCRIPT, "--deaf"]) as process:
+        assert len(list(tmp_path.iterdir())) == 1
+    assert process.wait() == -signal.SIGKILL
+    assert not list(tmp_path.iterdir())
+
+
 async def test_a_worker_that_dies_ends_its_answers_and_is_replaced() -> None:
     async with Worker(SCRIPT) as worker:
         client, pid = await ready(worker)
-        with client.generate([1], 10**6, Sampling(), []) as answer:
+        with client.generate(Generate("", [1], max_tokens=10**6)) as answer:
             await answer.rows()
             os.kill(pid, signal.SIGKILL)
             with pytest.raises(EngineUnavailableError):
@@ -122,5 +146,5 @@ async def test_sockets_that_cannot_be_made_are_told_in_a_sentence(tmp_path: Path
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
     async with Worker(SCRIPT) as worker:
-        with pytest.raises(WorkerHopelessError, match="shorter TMPDIR"):
+        with pytest.raises(ServeError, match="shorter TMPDIR"):
             await asyncio.wait_for(worker.loaded(), 15)
