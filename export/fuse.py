@@ -4,11 +4,14 @@ Every rewrite is local, exact up to the order of float sums, and asks for nothin
 
 * attention takes [batch, seq, heads * dim]: the detours through [batch, heads, seq, dim] around rotary embeddings go;
 * a residual sum and the RMS norm that reads it become one operator;
-* products of one activation with several weights (q, k and v; gate and up) become one product.
+* products of one activation with several weights (q, k and v; gate and up) become one product;
+* the only entry of an axis is taken by reshaping, not by copying (the logits, mostly).
 """
 
 import numpy as np
 import onnx_ir as ir
+
+from export.graph import constant
 
 _HEADS_OUT = (0, 2, 1, 3)
 """The permutation between [batch, seq, heads, dim] and [batch, heads, seq, dim]; its own inverse."""
@@ -28,6 +31,8 @@ def fuse(model: ir.Model) -> None:
     for node in list(graph):
         if node.op_type == "RMSNormalization":
             _add_to_norm(graph, node)
+        elif node.op_type == "Gather":
+            _take_only_entry(graph, node)
     _merge_products(graph)
     model.opset_imports["com.microsoft"] = 1
 
@@ -108,11 +113,29 @@ def _add_to_norm(graph: ir.Graph, norm: ir.Node) -> None:
     graph.remove(add, safe=True)
 
 
+def _take_only_entry(graph: ir.Graph, node: ir.Node) -> None:
+    """Gather(x, 0) along an axis of length 1 -> Squeeze(x)."""
+    data, index = node.inputs
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    if data is None or data.shape is None or index is None or index.const_value is None:
+        return
+    if data.shape[axis] != 1 or index.const_value.numpy().shape or index.const_value.numpy() != 0:
+        return
+    taken = ir.node("Squeeze", [data, constant(graph, f"only_entry_{axis}", np.array([axis]))])
+    graph.insert_before(node, taken)
+    old, new = node.outputs[0], taken.outputs[0]
+    name = old.name
+    _describe(new, old)
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    new.name = name
+
+
 def _merge_products(graph: ir.Graph) -> None:
     """MatMuls of one activation with constant weights -> one MatMul and a Split."""
     readers: dict[ir.Value, list[ir.Node]] = {}
     for node in graph:
-        if node.op_type == "MatMul" and node.inputs[0] is not None and _constant(node.inputs[1]) is not None:
+        if node.op_type == "MatMul" and node.inputs[0] is not None and _matrix(node.inputs[1]) is not None:
             readers.setdefault(node.inputs[0], []).append(node)
     for x, nodes in readers.items():
         if len(nodes) > 1:
@@ -120,11 +143,11 @@ def _merge_products(graph: ir.Graph) -> None:
 
 
 def _merge(graph: ir.Graph, x: ir.Value, nodes: list[ir.Node]) -> None:
-    weights = [tensor.numpy() for node in nodes if (tensor := _constant(node.inputs[1])) is not None]
+    weights = [tensor.numpy() for node in nodes if (tensor := _matrix(node.inputs[1])) is not None]
     joined = np.concatenate(weights, axis=1)
     name = f"{nodes[0].outputs[0].name}.joined"
-    weight = _register(graph, f"{name}.weight", joined)
-    sizes = _register(graph, f"{name}.sizes", np.array([w.shape[1] for w in weights]))
+    weight = constant(graph, f"{name}.weight", joined)
+    sizes = constant(graph, f"{name}.sizes", np.array([w.shape[1] for w in weights]))
     product = ir.node("MatMul", [x, weight])
     product.outputs[0].name = name
     if nodes[0].outputs[0].shape is not None:
@@ -148,7 +171,7 @@ def _first(node: ir.Node | None) -> ir.Value | None:
     return node.inputs[0] if node is not None else None
 
 
-def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+def _matrix(value: ir.Value | None) -> ir.TensorProtocol | None:
     if value is None or value.producer() is not None or value.const_value is None or len(value.const_value.shape) != 2:
         return None
     return value.const_value
@@ -161,10 +184,3 @@ def _same(left: object, right: object) -> bool:
 
 def _describe(value: ir.Value, like: ir.Value) -> None:
     value.shape, value.type = like.shape, like.type
-
-
-def _register(graph: ir.Graph, name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value

@@ -3,6 +3,8 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -20,10 +22,25 @@ _ALIGNMENT = 4096
 """Of weights in their file, so that they can be mapped by pages."""
 
 
-def tidy(model: ir.Model) -> None:
-    """Merge equal subgraphs (each layer traces its own rotary table), drop what nothing reads, and declare `OPSET`."""
+def constant(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+    """The initializer `name` of `graph`: the one that is there already, else `array` under that name."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def merge_equal(model: ir.Model) -> None:
+    """Merge equal subgraphs (each layer traces its own rotary table) and drop what nothing reads."""
     common.CommonSubexpressionEliminationPass(size_limit=64)(model)
     common.RemoveUnusedNodesPass()(model)
+
+
+def tidy(model: ir.Model) -> None:
+    """Merge what is equal, drop what nothing reads, and declare `OPSET`."""
+    merge_equal(model)
     _drop_unused_inputs(model.graph)
     for node in model.graph.all_nodes():
         if node.domain == LATER_DOMAIN:
@@ -40,6 +57,21 @@ def _drop_unused_inputs(graph: ir.Graph) -> None:
     kept = [value for value in graph.inputs if value.uses() or value in graph.outputs]
     graph.inputs.clear()
     graph.inputs.extend(kept)
+
+
+def step_bytes(model: ir.Model) -> int:
+    """Bytes of weights that a step of one token reads: without tables of which it takes a row, and without a branch for more."""
+    outputs = set(model.graph.outputs)
+    choice = next((node for node in model.graph if node.op_type == "If" and outputs.intersection(node.outputs)), None)
+    nodes = model.graph if choice is None else choice.attributes["else_branch"].as_graph()
+    read = {
+        value: value.const_value.nbytes
+        for node in nodes
+        if not node.op_type.startswith("Gather")
+        for value in node.inputs
+        if value is not None and value.is_initializer() and value.const_value is not None
+    }
+    return sum(read.values())
 
 
 def write(model: ir.Model, folder: Path) -> None:

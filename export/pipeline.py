@@ -13,7 +13,7 @@ import msgspec
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
-from export import decoder, fuse, graph, publish, quantize, sampler, source, tokenizer, verify
+from export import batches, decoder, fuse, graph, publish, sampler, source, tokenizer, verify
 from export.errors import ExportError, UnsupportedModel
 from export.recipe import Build, Recipe
 from runtime import bundle
@@ -148,12 +148,13 @@ class _Job:
             compiled = self.traced.clone()
             note = ""
             if build.precision != "fp32":
-                report = quantize.quantize(compiled, BITS[build.precision], self.vocab)
+                report = batches.quantize_both(compiled, BITS[build.precision], self.vocab)
                 note = (
                     f", {report.weights / 1e6:.0f}M weights quantized, {report.carried_share:.0%} of their blocks carried over"
                 )
             sampler.append_sampler(compiled, self.vocab)
             graph.tidy(compiled)
+            step_bytes = graph.step_bytes(compiled)
             graph.write(compiled, folder)
             files = tuple(bundle.describe(self.workshop, f"{build.name}/{name}") for name in (graph.MODEL, graph.WEIGHTS))
             stage.note = f"{sum(file.size for file in files) / 1e6:.0f} MB{note}"
@@ -168,6 +169,7 @@ class _Job:
             builder=", ".join(f"{name} {version(name)}" for name in _BUILDERS),
             attention=_attention(self.seen),
             opset=graph.OPSET,
+            step_bytes=step_bytes,
         )
         return self._proved(variant)
 

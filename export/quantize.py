@@ -10,12 +10,13 @@ with blocksum(x) appended to x and the shift, in 4 bits, to W.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import onnx_ir as ir
 
 from export import grid
+from export.graph import constant
 from export.grid import BLOCK, Float32, Grid
 
 ACCURACY_INT8 = 4
@@ -50,6 +51,11 @@ class Report:
         self.blocks += matrix.scale.size
         self.carried += round(matrix.exact * matrix.scale.size)
 
+    def add(self, other: "Report") -> None:
+        """Add what another report counts."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
 
 def quantize(model: ir.Model, bits: int, vocab: int) -> Report:
     """Quantize `model`'s projections to `bits` (4 or 8), its embedding and LM head to 8, in place.
@@ -57,33 +63,43 @@ def quantize(model: ir.Model, bits: int, vocab: int) -> Report:
     The embedding and a tied LM head come out as the same bytes, which `graph.write` stores once. Routers and the stacked
     weights of experts are left alone.
     """
-    rewriter = _Rewriter(model.graph, bits, vocab)
+    report = quantize_embeddings(model, vocab)
+    rewriter = _Rewriter(model.graph, bits, vocab, report)
     for node in list(model.graph):
-        rewriter.visit(node)
+        rewriter.product(node)
+    return report
+
+
+def quantize_embeddings(model: ir.Model, vocab: int) -> Report:
+    """Quantize `model`'s embedding to 8 bits, in place; a tied LM head keeps the float weight."""
+    report = Report()
+    rewriter = _Rewriter(model.graph, 8, vocab, report)
+    for node in list(model.graph):
+        rewriter.embedding(node)
     model.opset_imports["com.microsoft"] = 1
-    return rewriter.report
+    return report
 
 
 class _Rewriter:
-    def __init__(self, graph: ir.Graph, bits: int, vocab: int) -> None:
-        self.graph, self.bits, self.vocab = graph, bits, vocab
-        self.report = Report()
+    def __init__(self, graph: ir.Graph, bits: int, vocab: int, report: Report) -> None:
+        self.graph, self.bits, self.vocab, self.report = graph, bits, vocab, report
         self._extended: dict[ir.Value, ir.Value] = {}
 
-    def visit(self, node: ir.Node) -> None:
+    def embedding(self, node: ir.Node) -> None:
         if node.op_type == "Gather" and self._is_embedding(node):
             self._gather(node)
-        elif node.op_type in {"MatMul", "Gemm"}:
-            weight = self._weight(node)
-            if weight is None:
-                return
-            if min(weight.shape) < _SMALLEST or _routes(node):
-                self.report.skipped += weight.size
-                return
-            bits = 8 if weight.shape[0] >= self.vocab else self.bits
-            matrix = grid.eight_bits(weight) if bits == 8 else grid.four_bits(weight)
-            self.report.count(matrix)
-            self._matmul(node, matrix)
+
+    def product(self, node: ir.Node) -> None:
+        weight = constant_weight(node)
+        if weight is None:
+            return
+        if stays(node, weight):
+            self.report.skipped += weight.size
+            return
+        bits = 8 if weight.shape[0] >= self.vocab else self.bits
+        matrix = grid.eight_bits(weight) if bits == 8 else grid.four_bits(weight)
+        self.report.count(matrix)
+        self._matmul(node, matrix)
 
     # Reading the graph ---------------------------------------------------------------------------------------------
 
@@ -94,22 +110,6 @@ class _Rewriter:
         rows, columns = table.const_value.numpy().shape
         axis = node.attributes.get("axis")
         return rows >= self.vocab and columns >= _SMALLEST and (axis is None or axis.as_int() == 0)
-
-    def _weight(self, node: ir.Node) -> Float32 | None:
-        """The constant right-hand side as [out, in] float32, or None where the product has none."""
-        value = node.inputs[1]
-        if value is None:
-            return None
-        transposed = node.op_type == "Gemm" and _flag(node, "transB")
-        if node.op_type == "Gemm" and (_flag(node, "transA") or _factor(node, "alpha") != 1 or _factor(node, "beta") != 1):
-            return None
-        producer = value.producer()
-        if producer is not None and producer.op_type == "Transpose" and len(value.shape or ()) == 2:
-            value, transposed = producer.inputs[0], not transposed
-        if value is None or value.const_value is None or len(value.const_value.shape) != 2:
-            return None
-        array = value.const_value.numpy()
-        return np.ascontiguousarray(array if transposed else array.T, dtype=np.float32)
 
     # Rewriting it --------------------------------------------------------------------------------------------------
 
@@ -164,14 +164,14 @@ class _Rewriter:
             return self._extended[x]
         count = -(-columns // BLOCK)
         if columns % BLOCK:
-            amount = self._constant(f"pad_to_{BLOCK}_{columns}", np.array([0, count * BLOCK - columns]))
-            axis = self._constant("last_axis", np.array([-1]))
+            amount = constant(self.graph, f"pad_to_{BLOCK}_{columns}", np.array([0, count * BLOCK - columns]))
+            axis = constant(self.graph, "last_axis", np.array([-1]))
             x_whole = self._insert(node, "Pad", [x, amount, None, axis], {})
         else:
             x_whole = x
-        shape = self._constant(f"blocks_of_{columns}_{_rank(x)}", np.array([0] * (_rank(x) - 1) + [count, BLOCK]))
+        shape = constant(self.graph, f"blocks_of_{columns}_{_rank(x)}", np.array([0] * (_rank(x) - 1) + [count, BLOCK]))
         blocks = self._insert(node, "Reshape", [x_whole, shape], {})
-        sums = self._insert(node, "ReduceSum", [blocks, self._constant("last_axis", np.array([-1]))], {"keepdims": 0})
+        sums = self._insert(node, "ReduceSum", [blocks, constant(self.graph, "last_axis", np.array([-1]))], {"keepdims": 0})
         self._extended[x] = self._insert(node, "Concat", [x_whole, sums], {"axis": -1})
         return self._extended[x]
 
@@ -181,18 +181,10 @@ class _Rewriter:
         name = node.outputs[0].name
         packed, zeros = grid.pack(codes, bits), grid.pack(zero, bits)
         return (
-            self._constant(f"{name}.codes", packed),
-            self._constant(f"{name}.scale", scale),
-            self._constant(f"{name}.zero", zeros),
+            constant(self.graph, f"{name}.codes", packed),
+            constant(self.graph, f"{name}.scale", scale),
+            constant(self.graph, f"{name}.zero", zeros),
         )
-
-    def _constant(self, name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
-        if name in self.graph.initializers:
-            return self.graph.initializers[name]
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self.graph.register_initializer(value)
-        return value
 
     def _insert(self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], attributes: dict[str, int]) -> ir.Value:
         node = ir.node(op_type, inputs, attributes)
@@ -206,6 +198,30 @@ class _Rewriter:
         out.name, out.shape, out.type = old.name, old.shape, old.type
         ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
+
+
+def constant_weight(node: ir.Node) -> Float32 | None:
+    """The constant right-hand side of a MatMul or Gemm as [out, in] float32; None where it has none or another form."""
+    if node.op_type not in {"MatMul", "Gemm"}:
+        return None
+    value = node.inputs[1]
+    if value is None:
+        return None
+    transposed = node.op_type == "Gemm" and _flag(node, "transB")
+    if node.op_type == "Gemm" and (_flag(node, "transA") or _factor(node, "alpha") != 1 or _factor(node, "beta") != 1):
+        return None
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Transpose" and len(value.shape or ()) == 2:
+        value, transposed = producer.inputs[0], not transposed
+    if value is None or value.const_value is None or len(value.const_value.shape) != 2:
+        return None
+    array = value.const_value.numpy()
+    return np.ascontiguousarray(array if transposed else array.T, dtype=np.float32)
+
+
+def stays(node: ir.Node, weight: Float32) -> bool:
+    """The product of `weight` [out, in] is not worth quantizing, or chooses experts."""
+    return min(weight.shape) < _SMALLEST or _routes(node)
 
 
 def _routes(node: ir.Node) -> bool:

@@ -7,10 +7,13 @@ row's draw depends on nothing but its own inputs.
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 from onnxscript import opset23, script
 from onnxscript.values import Opset
+
+from export.graph import constant
 
 DOMAIN = "engineshed"
 _domain = Opset(DOMAIN, 1)
@@ -19,7 +22,7 @@ op: Any = opset23  # typed, its overloads refuse what the graph's type inference
 CANDIDATES = 256
 """Most likely tokens that are sorted first; only a row that needs more has its whole vocabulary sorted."""
 BLOCK = 256
-"""Tokens whose probability is summed at a time when the cumulative distribution is inverted."""
+"""Tokens whose probability is summed at a time when the cumulative distribution is inverted, or whose maximum is found."""
 
 INPUTS = {
     "temperature": ir.DataType.FLOAT,
@@ -79,12 +82,27 @@ def Invert(weights, uniform):  # type: ignore[no-untyped-def]
 
 
 @script(_domain, default_opset=op)
+def Largest(logits, blocks_shape, padding):  # type: ignore[no-untyped-def]
+    """The index [rows] of the first of the largest `logits` [rows, vocab].
+
+    ArgMax compares number by number. Finding the block with the largest number by ReduceMax, which is vectorized, and looking
+    inside that block only takes a fifth of its time over 49152 numbers.
+    """
+    least = op.Constant(value_float=float("-inf"))
+    blocks = op.Reshape(op.Pad(logits, padding, least), blocks_shape)
+    block = op.ArgMax(op.ReduceMax(blocks, op.Constant(value_ints=[2]), keepdims=0), axis=-1, keepdims=1)
+    inside = op.ArgMax(op.GatherND(blocks, block, batch_dims=1), axis=-1, keepdims=1)
+    size = op.Shape(blocks, start=2, end=3)
+    return op.Squeeze(op.Add(op.Mul(block, size), inside), op.Constant(value_ints=[1]))
+
+
+@script(_domain, default_opset=op)
 def Sample(  # type: ignore[no-untyped-def]
     logits, temperature, top_k, top_p, min_p, uniform, forced, candidates, vocab, blocks_shape, padding
 ):
     """Token ids [rows] and their log-probabilities [rows] from logits [rows, vocab]."""
     one = op.Constant(value_ints=[1])
-    best = op.ArgMax(logits, axis=-1, keepdims=0)
+    best = Largest(logits, blocks_shape, padding)
     hot = op.Greater(temperature, op.Constant(value_floats=[0.0]))
     # A leading zero keeps the maximum defined in a step that wants no tokens.
     hottest = op.ReduceMax(op.Concat(op.Constant(value_floats=[0.0]), temperature, axis=0), keepdims=0)
@@ -126,10 +144,10 @@ def append_sampler(model: ir.Model, vocab: int) -> None:
     graph.inputs.extend(inputs)
     blocks = -(-vocab // BLOCK)
     constants = [
-        _constant(graph, "sampler.candidates", [min(CANDIDATES, vocab)]),
-        _constant(graph, "sampler.vocab", [vocab]),
-        _constant(graph, "sampler.blocks", [-1, blocks, BLOCK]),
-        _constant(graph, "sampler.padding", [0, 0, 0, blocks * BLOCK - vocab]),
+        constant(graph, "sampler.candidates", np.array([min(CANDIDATES, vocab)])),
+        constant(graph, "sampler.vocab", np.array([vocab])),
+        constant(graph, "sampler.blocks", np.array([-1, blocks, BLOCK])),
+        constant(graph, "sampler.padding", np.array([0, 0, 0, blocks * BLOCK - vocab])),
     ]
     node = ir.Node(DOMAIN, "Sample", [logits, *inputs, *constants], num_outputs=2, name="sampler")
     tokens, logprobs = node.outputs
@@ -137,17 +155,10 @@ def append_sampler(model: ir.Model, vocab: int) -> None:
     logprobs.name, logprobs.shape, logprobs.type = "logprobs", rows, ir.TensorType(ir.DataType.FLOAT)
     graph.append(node)
     graph.outputs[0:1] = [tokens, logprobs]
-    for function in (Threshold, Invert, Sample):
+    for function in (Threshold, Invert, Largest, Sample):
         proto = function.to_function_proto()
         loaded = ir.serde.deserialize_function(proto)
         model.functions[loaded.identifier()] = loaded
     model.opset_imports[DOMAIN] = 1
     InlinePass()(model)
     model.opset_imports.pop(DOMAIN, None)
-
-
-def _constant(graph: ir.Graph, name: str, value: list[int]) -> ir.Value:
-    tensor = ir.tensor(value, dtype=ir.DataType.INT64, name=name)
-    constant = ir.Value(name=name, shape=ir.Shape([len(value)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(constant)
-    return constant

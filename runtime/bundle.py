@@ -94,6 +94,8 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Packages and versions that built it."""
     attention: Literal["fused", "explicit", "mixed"] = "fused"
     opset: int = 24
+    step_bytes: int = 0
+    """Bytes of weights that a step of one token reads; 0 where it is not known."""
     gpu: str | None = None
     verification: Verification | None = None
     perplexity: Perplexity | None = None

@@ -18,7 +18,7 @@ from runtime.speculation import Lookup, Plan, worthwhile
 
 log = logging.getLogger(__name__)
 
-PREFILL_CHUNK = 64
+PREFILL_CHUNK = 128
 """Prompt tokens a step, at most: between two steps the loop takes what has arrived."""
 PREFILL_BUDGET = 256
 """Prompt tokens after which the running streams get their next token, at most."""

@@ -8,7 +8,7 @@ import pytest
 
 from runtime import ort
 from runtime.engine import Batch, EngineError
-from runtime.loop import PREFILL_BUDGET, PREFILL_CHUNK, Loop
+from runtime.loop import PREFILL_BUDGET, Loop
 from runtime.messages import Generate, Refused, Row, Sampling
 from runtime.ort import OrtEngine
 from runtime.pace import LEAST_PREFILL
@@ -16,6 +16,8 @@ from runtime.pace import LEAST_PREFILL
 SLOTS = 4
 CONTEXT = 320
 FRONT = b"front"
+SHARED = 64
+"""Tokens that prompts have in common: whole blocks."""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def test_answers_do_not_depend_on_who_shares_the_batch(loop: Loop) -> None:
             max_tokens=3 + i * 2,
             sampling=Sampling(temperature=0.8 if i % 2 else 0.0, top_k=20 if i % 4 == 1 else 0, top_p=0.9, seed=i),
         )
-        for i, length in enumerate((1, 3, 17, PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1, 40, 9, 2, 100, 5, 30))
+        for i, length in enumerate((1, 3, 17, SHARED - 1, SHARED, SHARED + 1, 40, 9, 2, 100, 5, 30))
     ]
     alone = {request.id: run(loop, request)[request.id] for request in requests}
     together = run(loop, *requests)
@@ -155,7 +157,7 @@ def test_a_long_prompt_does_not_hold_up_a_running_stream(loop: Loop) -> None:
 def test_prompts_that_begin_alike_share_rows_and_not_one_bit_changes(engine: OrtEngine) -> None:
     """Random conversations over few beginnings, more of them than slots, against an engine that remembers nothing."""
     chance = random.Random(3)
-    beginnings = [prompt(length, seed) for seed, length in enumerate((PREFILL_CHUNK, 2 * PREFILL_CHUNK + 5, 130, 200))]
+    beginnings = [prompt(length, seed) for seed, length in enumerate((SHARED, 2 * SHARED + 5, 130, 200))]
     requests = []
     for i in range(60):
         start = chance.choice(beginnings)
@@ -176,7 +178,7 @@ def test_prompts_that_begin_alike_share_rows_and_not_one_bit_changes(engine: Ort
             warm.setdefault(news.row.id, []).append(news.row)
         loop.slots.check()
     shared = sum(row.cached for rows in warm.values() for row in rows)
-    assert shared > 20 * PREFILL_CHUNK
+    assert shared > 20 * SHARED
     assert loop.counters.prompt_tokens + shared == sum(len(request.prompt) for request in requests)
     for request in requests:
         cold = run(Loop(engine, queue=1), request)[request.id]
@@ -185,31 +187,31 @@ def test_prompts_that_begin_alike_share_rows_and_not_one_bit_changes(engine: Ort
 
 
 def test_a_second_request_computes_only_what_is_new(loop: Loop) -> None:
-    shared = prompt(4 * PREFILL_CHUNK)
+    shared = prompt(4 * SHARED)
     first = run(loop, Generate("a", [*shared, 5, 6], max_tokens=2))["a"]
     before = loop.counters.prompt_tokens
     second = run(loop, Generate("b", [*shared, 7, 8, 9], max_tokens=2))["b"]
     assert [row.cached for row in first] == [0, 0]
-    assert [row.cached for row in second] == [4 * PREFILL_CHUNK, 0]
+    assert [row.cached for row in second] == [4 * SHARED, 0]
     assert loop.counters.prompt_tokens - before == 3
 
 
 def test_a_running_stream_shares_its_prompt(loop: Loop) -> None:
-    shared = prompt(2 * PREFILL_CHUNK)
+    shared = prompt(2 * SHARED)
     loop.submit(FRONT, Generate("running", [*shared, 5, 6], max_tokens=40))
     loop.step()
     loop.submit(FRONT, Generate("new", [*shared, 7, 8], max_tokens=2))
     rows = drain(loop)
-    assert rows["new"][0].cached == 2 * PREFILL_CHUNK
+    assert rows["new"][0].cached == 2 * SHARED
 
 
 def test_what_was_used_last_is_remembered_longest(loop: Loop) -> None:
     """One more prompt than there are slots, in turn: the oldest is forgotten, the others are not."""
-    prompts = [prompt(PREFILL_CHUNK + 2, seed) for seed in range(SLOTS + 1)]
+    prompts = [prompt(SHARED + 2, seed) for seed in range(SLOTS + 1)]
     for i, each in enumerate(prompts):
         run(loop, Generate(str(i), each, max_tokens=1))
     cached = [run(loop, Generate(str(i), each, max_tokens=1))[str(i)][0].cached for i, each in enumerate(prompts[1:])]
-    assert cached == [PREFILL_CHUNK] * SLOTS
+    assert cached == [SHARED] * SLOTS
     assert run(loop, Generate("old", prompts[0], max_tokens=1))["old"][0].cached == 0
 
 
@@ -217,7 +219,7 @@ def test_an_engine_that_failed_is_not_trusted_to_have_written_its_rows(
     engine: OrtEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = Loop(engine, queue=8)
-    shared = prompt(PREFILL_CHUNK + 2)
+    shared = prompt(SHARED + 2)
     run(loop, Generate("a", shared, max_tokens=1))
 
     def failing(self: OrtEngine, batch: Batch) -> object:

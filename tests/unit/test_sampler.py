@@ -289,3 +289,14 @@ def test_given_rows_of_all_kinds_in_a_batch_when_drawn_then_each_comes_as_it_doe
         alone = draw(logits[number : number + 1], [row])
         assert alone.tokens == together.tokens[number : number + 1]
         assert alone.logprobs.tobytes() == together.logprobs[number : number + 1].tobytes()
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_given_equal_maxima_then_greedy_takes_the_first_as_argmax_does(vocab: int) -> None:
+    """The maximum is looked for in blocks, of which the last is padded; also where all but one are the least there is."""
+    ties = np.zeros((4, vocab), np.float32)
+    ties[1, [7, 8, vocab - 1]] = 5
+    ties[2, vocab - 1] = 5
+    ties[3] = -np.inf
+    ties[3, vocab - 2] = -1e30
+    assert draw(ties, [GREEDY] * 4).tokens == ties.argmax(-1).tolist() == [0, 7, vocab - 1, vocab - 2]
