@@ -13,7 +13,11 @@ INSTALLED := $(VENV)/.installed
 
 EXPORT_FLAGS := $(if $(RECIPE),--recipe $(RECIPE)) $(if $(TARGET),--target $(TARGET)) $(if $(PRECISION),--precision $(PRECISION))
 
-.PHONY: help serve export test check unit e2e sweep bench clean
+PEERS := bench/.peers
+PEER_TARGETS := $(PEERS)/genai/.installed $(PEERS)/openvino/.installed $(PEERS)/transformers/.installed \
+	$(PEERS)/llama/.installed $(PEERS)/llama-server/llama-server
+
+.PHONY: help serve export test check unit e2e sweep bench bench-peers clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -21,7 +25,8 @@ help:  ## show this
 	@echo "make export  [MODEL=hub-id|folder|file.gguf] [RECIPE=engines/x.toml] [TARGET=cpu] [PRECISION='int4 fp32']"
 	@echo "make test    set up, lint, types, and every test on the real model"
 	@echo "make check   lint and types          make unit   the quick tests          make e2e   the real model and server"
-	@echo "make bench   latency and throughput of the default model's engine"
+	@echo "make bench   latency and throughput of the default model's engines, beside the peers that are installed"
+	@echo "make bench-peers   install the peers under bench/.peers: half an hour, 6 GB; llama.cpp needs a C++ compiler, cmake, ninja"
 	@echo "make sweep   try every causal LM type that transformers knows; writes docs/architectures.md (an hour)"
 	@echo "make clean   remove .venv, caches and built engines"
 
@@ -56,8 +61,61 @@ sweep: $(INSTALLED)
 	$(BIN)/python -m tests.sweep
 
 bench: $(INSTALLED)
-	@$(BIN)/engineshed export --if-missing
-	$(BIN)/engineshed bench
+	@$(BIN)/engineshed export --if-missing --precision int4 fp32
+	@mkdir -p build
+	$(BIN)/engineshed bench --json build/bench.json --page build/bench.html
+
+bench-peers: $(INSTALLED)  ## each in a virtual environment of its own; one that fails does not hold up the others
+	$(MAKE) --keep-going $(PEER_TARGETS)
+
+# The model as the peers read it: a Hugging Face folder and the GGUF.
+$(PEERS)/model/source.json: | $(INSTALLED)
+	$(BIN)/python -m bench.peers.model $(PEERS)/model
+
+$(PEERS)/transformers/.installed: bench/peers/transformers.txt $(PEERS)/model/source.json
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/pip install --quiet --requirement $<
+	touch $@
+
+$(PEERS)/genai/.installed: bench/peers/genai.txt $(PEERS)/model/source.json
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/pip install --quiet --requirement $<
+	for precision in int4 fp32; do \
+		HF_HUB_OFFLINE=1 $(@D)/bin/python -m onnxruntime_genai.models.builder --input $(PEERS)/model --precision $$precision \
+			--execution_provider cpu --output $(@D)-$$precision --cache_dir $(PEERS)/cache \
+			$$([ $$precision = fp32 ] || echo --extra_options accuracy_level=4 block_size=32 algo_config=k_quant_last) || exit 1; \
+	done
+	touch $@
+
+$(PEERS)/openvino/.installed: bench/peers/openvino.txt $(PEERS)/model/source.json
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/pip install --quiet --constraint constraints.txt torch
+	$(@D)/bin/pip install --quiet --no-deps --requirement $<
+	for format in "int4 --group-size 32 --ratio 1.0" int8; do \
+		HF_HUB_OFFLINE=1 $(@D)/bin/optimum-cli export openvino --model $(PEERS)/model --task text-generation-with-past \
+			--weight-format $$format $(@D)-$${format%% *} || exit 1; \
+	done
+	touch $@
+
+$(PEERS)/llama/.installed: bench/peers/llama.txt $(PEERS)/model/source.json
+	$(BIN)/python -m venv $(@D)
+	CMAKE_GENERATOR=Ninja CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
+		$(@D)/bin/pip install --quiet --no-binary llama-cpp-python --requirement $<
+	mkdir -p $(PEERS)/gguf
+	cp $(PEERS)/model/model.gguf $(PEERS)/gguf/Q4_1.gguf
+	PYTHONPATH=. $(@D)/bin/python -m bench.peers.llama_prepare $(PEERS)/model/model.gguf $(PEERS)/gguf Q4_0 Q8_0
+	touch $@
+
+# From the source that the library is built from, so that both are of one version.
+$(PEERS)/llama-server/llama-server: bench/peers/llama.txt | $(INSTALLED)
+	mkdir -p $(@D)
+	$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(@D) $$(grep ^llama_cpp_python $<)
+	tar --extract --gzip --strip-components=1 --directory $(@D) --file $(@D)/llama_cpp_python-*.tar.gz
+	cmake -S $(@D)/vendor/llama.cpp -B $(@D)/build -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+		-DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_APP=OFF \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+	cmake --build $(@D)/build --target llama-server
+	cp $(@D)/build/bin/llama-server $@
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -3,6 +3,9 @@
 STALL = 1.5
 """Decode steps' time that may be spent between two of them on other sequences' prompts and guesses: a stream's next token
 then comes 2.5 times later than usual at the latest."""
+LEAST_STALL = 0.04
+"""Seconds that may be spent so in any case. With few streams decode steps are short, and prompts in small chunks slow; nobody
+reads faster than this."""
 LEAST_PREFILL = 16
 """Prompt tokens that are computed in every iteration, however slow that is, so that every prompt gets done."""
 
@@ -20,7 +23,7 @@ class Pace:
     @property
     def stall(self) -> float:
         """Seconds that may pass between two decode steps."""
-        return 0.0 if self._decode is None else STALL * self._decode
+        return LEAST_STALL if self._decode is None else max(LEAST_STALL, STALL * self._decode)
 
     def prefill_tokens(self, most: int, spent: float) -> int:
         """Prompt tokens to compute while streams wait that were held up for `spent` seconds already, at most `most`.
