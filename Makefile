@@ -17,7 +17,7 @@ PEERS := bench/.peers
 PEER_TARGETS := $(PEERS)/genai/.installed $(PEERS)/openvino/.installed $(PEERS)/transformers/.installed \
 	$(PEERS)/llama/.installed $(PEERS)/llama-server/llama-server
 
-.PHONY: help serve export test check unit e2e sweep bench bench-peers clean
+.PHONY: help serve export test check unit e2e sweep bench bench-peers bench-served microbench clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -26,6 +26,8 @@ help:  ## show this
 	@echo "make test    set up, lint, types, and every test on the real model"
 	@echo "make check   lint and types          make unit   the quick tests          make e2e   the real model and server"
 	@echo "make bench   latency and throughput of the default model's engines, beside the peers that are installed"
+	@echo "make bench-served  the server over HTTP, beside llama.cpp's"
+	@echo "make microbench    what Python does around a step"
 	@echo "make bench-peers   install the peers under bench/.peers: half an hour, 6 GB; llama.cpp needs a C++ compiler, cmake, ninja"
 	@echo "make sweep   try every causal LM type that transformers knows; writes docs/architectures.md (an hour)"
 	@echo "make clean   remove .venv, caches and built engines"
@@ -64,6 +66,16 @@ bench: $(INSTALLED)
 	@$(BIN)/engineshed export --if-missing --precision int4 fp32
 	@mkdir -p build
 	$(BIN)/engineshed bench --json build/bench.json --page build/bench.html
+
+bench-served: $(INSTALLED) | $(PEERS)/llama-server/llama-server $(PEERS)/llama/.installed
+	@$(BIN)/engineshed export --if-missing
+	@mkdir -p build
+	$(BIN)/engineshed bench serve --streams 1 8 32 --prompt-tokens 64 --tokens 64 --json build/bench-served.json --page build/bench-served.html \
+		--start engineshed='$(BIN)/engineshed serve --port {port} --slots 32 --context 512' \
+		--start 'llama.cpp=$(PEERS)/llama-server/llama-server -m $(PEERS)/gguf/Q4_1.gguf --port {port} -np 32 -c 16384'
+
+microbench: $(INSTALLED)
+	$(BIN)/pytest tests/unit/test_hot_paths.py --benchmark-enable --benchmark-columns=median,iqr,ops
 
 bench-peers: $(INSTALLED)  ## each in a virtual environment of its own; one that fails does not hold up the others
 	$(MAKE) --keep-going $(PEER_TARGETS)

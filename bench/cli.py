@@ -50,8 +50,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--prompt-tokens", type=_at_least(1), default=128, help="length of a prompt (default: %(default)s)")
     add("--tokens", type=_at_least(2), default=64, help="length of an answer (default: %(default)s)")
     add("--repeats", type=_at_least(1), default=3, help="runs of each measurement (default: %(default)s)")
-    add("--json", type=Path, help="write the figures to this file, too")
-    add("--page", type=Path, help="write a page with plots to this file, too")
+    add("--json", type=report.writable, help="write the figures to this file, too")
+    add("--page", type=report.writable, help="write a page with plots to this file, too")
     # `serve` has a command line of its own.
     served_parser = parser.add_subparsers(metavar="serve").add_parser("serve", help="measure servers over HTTP")
     served.configure(served_parser)

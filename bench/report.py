@@ -1,5 +1,6 @@
 """What a run of the bench found: as a table, as JSON, and as a page with plots that needs nothing but a browser."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -144,8 +145,20 @@ def _notes(report: Report) -> list[str]:
 def _machine(machine: Machine) -> str:
     return (
         f"{machine.processor}, {machine.cores} cores, {machine.system}, Python {machine.python}, {machine.date}\n"
-        f"memory reads {machine.read_bandwidth / 1e9:.1f} GB/s, sgemm {machine.sgemm / 1e9:.0f} Gflop/s"
+        f"memory reads {machine.read_bandwidth / 1e9:.1f} GB/s, sgemm {machine.sgemm / 1e9:.0f} Gflop/s{_others(machine)}"
     )
+
+
+def _others(machine: Machine) -> str:
+    return "" if machine.others is None else f", {machine.others:.0%} of the cores' time went to other processes"
+
+
+def writable(text: str) -> Path:
+    """An argument's type: a file that can be written, said before the time is spent on what goes into it."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {path.parent} is no folder, or it is one itself")
+    return path
 
 
 def write_page(report: Report, path: Path) -> None:
@@ -181,7 +194,8 @@ def page(report: Report) -> str:
 Python {escape(machine.python)}</p>
 <ul class="limits">
 <li><b>{machine.read_bandwidth / 1e9:.1f} GB/s</b> memory read by all cores, the limit of decode for one stream</li>
-<li><b>{machine.sgemm / 1e9:.0f} Gflop/s</b> float32 matrix product on all cores, the limit of a float32 prefill</li>
+<li><b>{machine.sgemm / 1e9:.0f} Gflop/s</b> float32 matrix product on all cores, the limit of a float32 prefill\
+{escape(_others(machine))}</li>
 </ul>
 {f"<pre>{escape(report.command)}</pre>" if report.command else ""}
 </header>

@@ -194,8 +194,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--weights", action="append", default=[], metavar="NAME=PATH", help="a server's weights (bytes, file or folder)")
     add("--parameters", type=whole, metavar="N", help="the model's parameters, for prefill's share of the cores' speed")
-    add("--json", type=_file, metavar="FILE", help="write the figures to this file, too")
-    add("--page", type=_file, metavar="FILE", help="write a page with plots to this file, too")
+    add("--json", type=report.writable, metavar="FILE", help="write the figures to this file, too")
+    add("--page", type=report.writable, metavar="FILE", help="write a page with plots to this file, too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -453,14 +453,6 @@ def _weights(given: list[str], names: list[str]) -> dict[str, int]:
         else:
             raise ServerError(f"--weights {text}: there is no {path}")
     return found
-
-
-def _file(text: str) -> Path:
-    """A file that can be written, said before the time is spent on what goes into it."""
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} cannot be written: {path.parent} is no folder, or it is one itself")
-    return path
 
 
 def _lengths(text: str) -> Lengths:

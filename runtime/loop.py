@@ -216,23 +216,28 @@ class Loop:
     # Guesses -------------------------------------------------------------------------------------------------------
 
     def _plan(self, sequence: Sequence) -> Plan:
-        """How many of its next tokens are worth guessing; depends on nothing but the sequence's own tokens."""
+        """How many of its next tokens are worth guessing."""
         if sequence.lookup is None:
             return Plan()
         room = min(sequence.request.max_tokens - len(sequence.tokens) - 1, self.engine.context - sequence.length)
-        plan = worthwhile(sequence.lookup.confidence, self.engine.row_cost, room)
+        beside = len(self.slots.decoding)
+        plain = (1 + self.engine.row_cost * (beside - 1)) / beside
+        plan = worthwhile(sequence.lookup.confidence, self.engine.row_cost, room, plain=plain)
         if self.drafter is None:
             return plan
-        draft = worthwhile(sequence.draft_share, self.engine.row_cost + self.drafter.cost, room, drafted=True)
+        cost = self.engine.row_cost + self.drafter.cost
+        draft = worthwhile(sequence.draft_share, cost, room, plain=plain, drafted=True)
         return draft if draft.gain > plan.gain else plan
 
     def _verify_some(self, plans: dict[Sequence, Plan]) -> list[News]:
-        """Verify guesses, first of those who waited longest; while others wait to decode, for no longer than they may."""
+        """Verify guesses, first of those who waited longest; while others wait, for no longer than they may."""
         news: list[News] = []
-        hurry = len(plans) < len(self.slots.decoding)
+        prompts = self.slots.prefilling is not None or bool(self._waiting and self.slots.free)
+        hurry = prompts or len(plans) < len(self.slots.decoding)
+        limit = self._pace.stall / 2 if prompts else self._pace.stall
         start = time.perf_counter()
         for sequence in sorted(plans, key=lambda sequence: sequence.turn):
-            if hurry and news and time.perf_counter() - start > self._pace.stall:
+            if hurry and news and time.perf_counter() - start > limit:
                 break
             sequence.turn = self._iteration
             news += self._verify(sequence, plans[sequence])

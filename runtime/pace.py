@@ -3,7 +3,7 @@
 STALL = 1.5
 """Decode steps' time that may be spent between two of them on other sequences' prompts and guesses: a stream's next token
 then comes 2.5 times later than usual at the latest."""
-LEAST_STALL = 0.04
+LEAST_STALL = 0.075
 """Seconds that may be spent so in any case. With few streams decode steps are short, and prompts in small chunks slow; nobody
 reads faster than this."""
 LEAST_PREFILL = 16

@@ -6,8 +6,7 @@ the most likely tokens. For a sampled one it is rejection sampling with a propos
 Kalman and Matias, "Fast inference from transformers via speculative decoding", ICML 2023): a guess x is taken with the
 probability p(x) that the model gives it, and what comes in its place is distributed as p without x.
 
-How much is guessed depends on the request's own tokens alone, never on the clock or on who else is running: the same
-request takes the same steps and so gets the same bits.
+How much is guessed depends on the request's own tokens and on how many decode beside it, never on the clock.
 """
 
 from collections.abc import Sequence as Tokens
@@ -117,19 +116,20 @@ class Plan:
     """By the draft engine rather than from the sequence's own tokens."""
 
 
-def worthwhile(confidence: float, cost: float, most: int, *, drafted: bool = False) -> Plan:
+def worthwhile(confidence: float, cost: float, most: int, *, plain: float = 1.0, drafted: bool = False) -> Plan:
     """How many guesses, at most `most`, make the most tokens a unit of time.
 
-    Each guess makes a step longer by `cost` plain steps. A step with k guesses gives one token and, each guess being right
-    with probability `confidence` where those before it were, confidence + confidence**2 + ... more.
+    The unit is a step for one token. Each guess makes a step longer by `cost`; `plain` is what a token costs without
+    guesses, less than 1 where several sequences share a step. A step with k guesses gives one token and, each guess being
+    right with probability `confidence` where those before it were, confidence + confidence**2 + ... more.
     """
-    count, best = 0, 1.0
+    count, best = 0, plain
     expected = right = 1.0
     for guesses in range(1, min(most, MOST_GUESSES) + 1):
         right *= confidence
         expected += right
-        gain = expected / (1 + guesses * cost)
-        if gain <= best:
+        gain = plain * expected / (1 + guesses * cost)
+        if gain <= best and guesses > 1:
             break
         count, best = guesses, gain
     return Plan(count, best, drafted) if best > LEAST_GAIN else NONE

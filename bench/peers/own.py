@@ -27,7 +27,7 @@ class Own:
         self._loop = Loop(self._engine, queue=setting.streams, speculation=False)
         self.note = f"onnxruntime {version('onnxruntime')}, the decode loop without speculation"
         self.vocab = self._engine.vocab_size
-        self.weights = sum(file.size for file in variant.files if file.path != variant.model)
+        self.weights = variant.step_bytes or sum(file.size for file in variant.files if file.path != variant.model)
 
     def run(self, prompts: list[list[int]], count: int, seen: Seen) -> None:
         """See `Driver.run`."""

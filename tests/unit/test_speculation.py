@@ -74,6 +74,13 @@ def test_the_plan_is_the_best_of_all(confidence: float, cost: float) -> None:
         assert (plan.count, plan.gain) == (0, 1.0)
 
 
+def test_what_company_makes_cheap_is_guessed_less() -> None:
+    """A token that shares its step with 31 others costs little; verifying guesses alone has to beat that."""
+    alone, beside = worthwhile(0.9, 0.13, 15), worthwhile(0.9, 0.13, 15, plain=(1 + 0.13 * 7) / 8)
+    assert alone.gain > 2 > 1.1 > worthwhile(0.9, 0.13, 15, plain=(1 + 0.13 * 31) / 32).gain
+    assert beside.count == 0 or beside.gain < alone.gain
+
+
 def test_no_more_is_guessed_than_there_is_room_for() -> None:
     assert worthwhile(0.99, 0.05, 3).count == 3
     assert worthwhile(0.99, 0.05, 0).count == 0
