@@ -155,15 +155,17 @@ def test_copying_takes_a_fraction_of_the_steps(
 def test_a_draft_engine_in_four_bits_speeds_up_the_one_in_fp32_and_changes_no_token(
     load: Callable[[str, int], OrtEngine], prompts: list[list[int]]
 ) -> None:
+    """One request at a time: in company, guesses verified alone have to beat a shared step."""
     engine = load("cpu-fp32", 16)
-    plain = answers(engine, prompts[:4], at_once=4, speculation=False)
+    plain = answers(engine, prompts[:4], at_once=1, speculation=False)
     loop = Loop(engine, queue=4, drafter=Drafter(load("cpu-int4", 16), engine))
-    got: list[list[int]] = [[] for _ in plain]
-    for i, prompt in enumerate(prompts[:4]):
-        loop.submit(b"test", Generate(str(i), prompt, max_tokens=TOKENS))
-    while loop.busy:
-        for news in loop.step():
-            got[int(news.row.id)] += news.row.tokens
+    got: list[list[int]] = []
+    for prompt in prompts[:4]:
+        loop.submit(b"test", Generate("a", prompt, max_tokens=TOKENS))
+        got.append([])
+        while loop.busy:
+            for news in loop.step():
+                got[-1] += news.row.tokens
     assert got == plain
     assert loop.counters.accepted_tokens > 0.6 * loop.counters.guessed_tokens > 50
 
@@ -222,7 +224,10 @@ def test_every_variant_was_verified_before_it_was_published(manifest: Bundle) ->
     assert exact.equal == exact.tokens
 
 
-def test_the_embedding_and_the_lm_head_are_stored_once(manifest: Bundle) -> None:
-    """28 MB of int8 and 3.5 MB of scales for both; 106M other weights at 4 bits with their scales."""
-    assert manifest.by_name["cpu-int4"].size < 110e6
+def test_weights_are_stored_once(manifest: Bundle) -> None:
+    """One token reads 28 MB of int8 and 3.5 MB of scales, which are the embedding and the LM head both, and 106M weights at 4
+    bits with their scales; for many tokens there are 8 bits a weight beside that.
+    """
+    assert manifest.by_name["cpu-int4"].step_bytes < 110e6
+    assert manifest.by_name["cpu-int4"].size < 245e6
     assert manifest.by_name["cpu-fp32"].size < 545e6
