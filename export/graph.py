@@ -60,7 +60,7 @@ def _drop_unused_inputs(graph: ir.Graph) -> None:
 
 
 def step_bytes(model: ir.Model) -> int:
-    """Bytes of weights that a step of one token reads: without tables of which it takes a row, and without a branch for more."""
+    """Bytes of weights that a step of one token reads: not tables of which it takes a row, nor what only more tokens need."""
     outputs = set(model.graph.outputs)
     choice = next((node for node in model.graph if node.op_type == "If" and outputs.intersection(node.outputs)), None)
     nodes = model.graph if choice is None else choice.attributes["else_branch"].as_graph()

@@ -63,8 +63,10 @@ class Engine(Protocol):
     context: int
     """Tokens a slot holds."""
     vocab_size: int
+    many_cost: float
+    """By how much a short step with several rows is longer than one with one row, beside `row_cost` a row."""
     row_cost: float
-    """By how much one more row makes a short step longer, as a share of a step with one row: what verifying a guess costs."""
+    """By how much each further row makes it longer; both as shares of a step with one row."""
     step_cost: float
     """How long a step with one row takes, in a unit that is the same for all engines of a machine."""
 

@@ -220,13 +220,12 @@ class Loop:
         if sequence.lookup is None:
             return Plan()
         room = min(sequence.request.max_tokens - len(sequence.tokens) - 1, self.engine.context - sequence.length)
-        beside = len(self.slots.decoding)
-        plain = (1 + self.engine.row_cost * (beside - 1)) / beside
-        plan = worthwhile(sequence.lookup.confidence, self.engine.row_cost, room, plain=plain)
+        fixed, cost, beside = self.engine.many_cost, self.engine.row_cost, len(self.slots.decoding)
+        plain = 1.0 if beside == 1 else (1 + fixed + cost * (beside - 1)) / beside
+        plan = worthwhile(sequence.lookup.confidence, cost, room, fixed=fixed, plain=plain)
         if self.drafter is None:
             return plan
-        cost = self.engine.row_cost + self.drafter.cost
-        draft = worthwhile(sequence.draft_share, cost, room, plain=plain, drafted=True)
+        draft = worthwhile(sequence.draft_share, cost + self.drafter.cost, room, fixed=fixed, plain=plain, drafted=True)
         return draft if draft.gain > plan.gain else plan
 
     def _verify_some(self, plans: dict[Sequence, Plan]) -> list[News]:

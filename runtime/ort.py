@@ -17,10 +17,11 @@ from runtime.bundle import Bundle, Variant
 from runtime.engine import Batch, Draw, EngineError, Float32, Int64
 
 _PAGE = 4096
+_MANY_COST = {"fp32": 0.0, "int8": 0.2, "int4": 0.2}
 _ROW_COST = {"fp32": 0.06, "int8": 0.13, "int4": 0.13}
 _BYTE_COST = {"fp32": 1.0, "int8": 1.3, "int4": 2.0}
-"""By precision, as measured on x86-64 with AVX2 and AVX-512: a step in float32 takes the time of reading the weights, in
-which more rows are nearly free; quantized products are bound by arithmetic already at one row."""
+"""By precision, as measured on x86-64 with AVX-512: a step in float32 takes the time of reading the weights, in which more
+rows are nearly free; quantized products are bound by arithmetic already at one row, and read other weights for several."""
 _KV_TYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16}
 
 
@@ -37,6 +38,7 @@ class OrtEngine:
         if variant.kv_dtype not in _KV_TYPES:
             raise EngineError(f"variant {variant.name!r} keeps its cache in {variant.kv_dtype}, which the CPU does not serve")
         self.slots, self.context, self.vocab_size = slots, context, vocab_size
+        self.many_cost = _MANY_COST.get(variant.precision, 0.2)
         self.row_cost = _ROW_COST.get(variant.precision, 0.13)
         self.step_cost = _BYTE_COST.get(variant.precision, 2.0) * (variant.step_bytes or variant.size)
         self._session = _session(folder / variant.model, threads)

@@ -116,19 +116,21 @@ class Plan:
     """By the draft engine rather than from the sequence's own tokens."""
 
 
-def worthwhile(confidence: float, cost: float, most: int, *, plain: float = 1.0, drafted: bool = False) -> Plan:
+def worthwhile(
+    confidence: float, cost: float, most: int, *, fixed: float = 0.0, plain: float = 1.0, drafted: bool = False
+) -> Plan:
     """How many guesses, at most `most`, make the most tokens a unit of time.
 
-    The unit is a step for one token. Each guess makes a step longer by `cost`; `plain` is what a token costs without
-    guesses, less than 1 where several sequences share a step. A step with k guesses gives one token and, each guess being
-    right with probability `confidence` where those before it were, confidence + confidence**2 + ... more.
+    The unit is a step for one token. Guesses make a step longer by `fixed` and each by `cost`; `plain` is what a token costs
+    without guesses, less than 1 where several sequences share a step. A step with k guesses gives one token and, each guess
+    being right with probability `confidence` where those before it were, confidence + confidence**2 + ... more.
     """
     count, best = 0, plain
     expected = right = 1.0
     for guesses in range(1, min(most, MOST_GUESSES) + 1):
         right *= confidence
         expected += right
-        gain = plain * expected / (1 + guesses * cost)
+        gain = plain * expected / (1 + fixed + guesses * cost)
         if gain <= best and guesses > 1:
             break
         count, best = guesses, gain

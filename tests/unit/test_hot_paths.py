@@ -32,6 +32,7 @@ class Instant:
     slots = ROWS
     context = 4096
     vocab_size = VOCAB
+    many_cost = 0.0
     row_cost = 0.2
     step_cost = 1.0
 
