@@ -1,5 +1,6 @@
 """The worker process as a front end meets it: a socket, messages, life and death."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 
-from runtime import messages
+from runtime import bundle, messages
 from runtime.messages import Attach, Cancel, Generate, Heartbeat, Progress, Ready, Refused, Reply, Row
 
 ROOT = Path(__file__).parents[2]
@@ -55,8 +57,8 @@ class Front:
 
 
 @contextmanager
-def worker(bundle: Path, address: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "runtime.worker", f"--bundle={bundle}", "--variant=cpu-fp32", f"--socket={address}"]
+def worker(folder: Path, address: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "runtime.worker", f"--bundle={folder}", "--variant=cpu-fp32", f"--socket={address}"]
     defaults = ["--slots=2", "--context=256", "--queue=1", "--threads=1"]
     process = subprocess.Popen([*command, *defaults, *options], cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
@@ -83,6 +85,34 @@ def test_a_request_runs_and_the_heartbeat_counts_it(tiny_bundle: Path, address: 
         front.beat()
         beat = front.beat()
         assert (beat.running, beat.waiting, beat.prompt_tokens, beat.generated_tokens) == (0, 0, 3, 4)
+
+
+def test_guesses_are_counted_and_can_be_turned_off(tiny_bundle: Path, address: str) -> None:
+    request = Generate("a", [5, 6, 7], max_tokens=60)
+    answered: list[list[int]] = []
+    for number, options in enumerate(([], ["--no-speculation"], [f"--draft={tiny_bundle}", "--draft-variant=cpu-int4"])):
+        with worker(tiny_bundle, f"{address}{number}", *options):
+            front = Front(f"{address}{number}")
+            front.wait_ready()
+            front.send(msgspec.structs.replace(request, prediction=answered[0] if answered else []))
+            answered.append([token for row in front.rows("a") for token in row.tokens])
+            front.beat()
+            beat = front.beat()
+        assert answered[-1] == answered[0]
+        assert (beat.accepted_tokens > 40) is (number == 2), beat
+
+
+def test_a_draft_engine_with_another_tokenizer_is_refused(tiny_bundle: Path, address: str, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_bundle, other)
+    manifest = (other / "bundle.json").read_text()
+    digest = bundle.read(other).tokenizer
+    assert digest is not None
+    (other / "bundle.json").write_text(manifest.replace(digest, "0" * 64))
+    with worker(tiny_bundle, address, f"--draft={other}") as process:
+        _, complaint = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert b"another tokenizer" in complaint
 
 
 def test_two_front_ends_may_use_the_same_request_id(tiny_bundle: Path, address: str) -> None:
