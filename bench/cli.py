@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from bench import engine, machine, report, served
+from bench import arguments, engine, machine, report, served
+from bench.arguments import number
 from bench.engine import DriverError, Load
 from bench.measure import Report, Result
 from bench.peers import catalog
@@ -46,12 +47,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--variant", nargs="+", help="variants to measure (default: every cpu variant of the bundle)")
     add("--peers", nargs="+", metavar="NAME", help="llama, genai, openvino, transformers, all or none (default: the installed)")
     add("--url", help="measure the server at this address instead, as `engineshed bench serve` does")
-    add("--streams", type=_at_least(1), nargs="+", default=[1, 8], help="concurrent streams (default: 1 8)")
-    add("--prompt-tokens", type=_at_least(1), default=128, help="length of a prompt (default: %(default)s)")
-    add("--tokens", type=_at_least(2), default=64, help="length of an answer (default: %(default)s)")
-    add("--repeats", type=_at_least(1), default=3, help="runs of each measurement (default: %(default)s)")
-    add("--json", type=report.writable, help="write the figures to this file, too")
-    add("--page", type=report.writable, help="write a page with plots to this file, too")
+    add("--streams", type=number(int, 1), nargs="+", default=[1, 8], help="concurrent streams (default: 1 8)")
+    add("--prompt-tokens", type=number(int, 1), default=128, help="length of a prompt (default: %(default)s)")
+    add("--tokens", type=number(int, 2), default=64, help="length of an answer (default: %(default)s)")
+    add("--repeats", type=number(int, 1), default=3, help="runs of each measurement (default: %(default)s)")
+    add("--json", type=arguments.writable, help="write the figures to this file, too")
+    add("--page", type=arguments.writable, help="write a page with plots to this file, too")
     # `serve` has a command line of its own.
     served_parser = parser.add_subparsers(metavar="serve").add_parser("serve", help="measure servers over HTTP")
     served.configure(served_parser)
@@ -77,11 +78,7 @@ def _run_engines(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("engineshed bench: stopped before its end", file=sys.stderr)
         return 130
-    report.show(whole, console)
-    if args.json is not None:
-        report.write_json(whole, args.json)
-    if args.page is not None:
-        report.write_page(whole, args.page)
+    report.give(whole, console, args.json, args.page)
     return 0
 
 
@@ -136,14 +133,3 @@ def _complete(results: list[Result], folder: Path, manifest: Bundle) -> None:
     for result in results:
         result.parameters = size
         result.reference_perplexity = reference
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    """An argument's type: a whole number, `least` or more."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
-        return int(text)
-
-    return number

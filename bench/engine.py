@@ -216,8 +216,8 @@ def variants(manifest: Bundle, names: Sequence[str] | None) -> list[Variant]:
 def parameters(folder: Path, manifest: Bundle) -> int | None:
     """The weights that a prompt's token is multiplied with: all products but the LM head, which only the last token meets.
 
-    None where onnx, which `engineshed[export]` brings, is not installed. Counted in the variant of the most bytes: in a
-    4-bit one, the rows that carry zero points count too, a 33rd of the product.
+    None where onnx, which `engineshed[export]` brings, is not installed. In a quantized graph those of a step
+    of many tokens are counted, which carry no rows for zero points.
     """
     try:
         import onnx
@@ -226,13 +226,19 @@ def parameters(folder: Path, manifest: Bundle) -> int | None:
     variant = max(manifest.variants, key=lambda variant: variant.size)
     graph = onnx.load(str(folder / variant.model), load_external_data=False).graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    products: list[tuple[int, int]] = []
-    for node in graph.node:
-        if node.op_type == "MatMulNBits":
-            given = {attribute.name: attribute.i for attribute in node.attribute}
-            products.append((given["K"], given["N"]))
-        elif node.op_type == "MatMul" and len(shapes.get(node.input[1], ())) == 2:
-            products.append(shapes[node.input[1]])
+    many = [
+        branch.g.node
+        for node in graph.node
+        if node.op_type == "If"
+        for branch in node.attribute
+        if branch.name == "then_branch"
+    ]
+    products: list[tuple[int, ...]] = [
+        shapes[node.input[1]]
+        for nodes in (graph.node, *many)
+        for node in nodes
+        if node.op_type in {"MatMul", "MatMulIntegerToFloat"} and len(shapes.get(node.input[1], ())) == 2
+    ]
     return sum(rows * columns for rows, columns in products if columns != manifest.vocab_size)
 
 

@@ -1,6 +1,5 @@
 """What a run of the bench found: as a table, as JSON, and as a page with plots that needs nothing but a browser."""
 
-import argparse
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -153,12 +152,13 @@ def _others(machine: Machine) -> str:
     return "" if machine.others is None else f", {machine.others:.0%} of the cores' time went to other processes"
 
 
-def writable(text: str) -> Path:
-    """An argument's type: a file that can be written, said before the time is spent on what goes into it."""
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} cannot be written: {path.parent} is no folder, or it is one itself")
-    return path
+def give(report: Report, console: Console, json: Path | None, page: Path | None) -> None:
+    """Show the report, and write it to the files that are named."""
+    show(report, console)
+    if json is not None:
+        write_json(report, json)
+    if page is not None:
+        write_page(report, page)
 
 
 def write_page(report: Report, path: Path) -> None:

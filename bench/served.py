@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.markup import escape
 from yarl import URL
 
-from bench import machine, report
+from bench import arguments, machine, report
+from bench.arguments import number
 from bench.client import Answer, FailedError, ask, refusal
 from bench.launch import Launched, LaunchError
 from bench.load import Lengths, Load, LoadError, Request, Shape
@@ -154,7 +155,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    whole, positive = _number(int, 1), _number(float, 1e-3)
+    whole, positive = number(int, 1), number(float, 1e-3)
     add = parser.add_argument
     add("--url", action="append", default=[], metavar="[NAME=]URL", help="a running server; may be given again")
     add("--start", action="append", default=[], metavar="NAME=COMMAND", help="a server to start, measure and end")
@@ -179,7 +180,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=_lengths, default=_lengths("64"), metavar="LENGTHS", help="of an answer (default: %(default)s)")
     add(
         "--shared-prefix",
-        type=_number(int, 0),
+        type=number(int, 0),
         default=0,
         metavar="N",
         help="tokens before them that all prompts begin with (default: 0)",
@@ -194,8 +195,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--weights", action="append", default=[], metavar="NAME=PATH", help="a server's weights (bytes, file or folder)")
     add("--parameters", type=whole, metavar="N", help="the model's parameters, for prefill's share of the cores' speed")
-    add("--json", type=report.writable, metavar="FILE", help="write the figures to this file, too")
-    add("--page", type=report.writable, metavar="FILE", help="write a page with plots to this file, too")
+    add("--json", type=arguments.writable, metavar="FILE", help="write the figures to this file, too")
+    add("--page", type=arguments.writable, metavar="FILE", help="write a page with plots to this file, too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -218,11 +219,7 @@ def run(args: argparse.Namespace) -> int:
         # A prefix that is not computed again makes prefill look faster than the cores.
         result.parameters = args.parameters if not args.shared_prefix else None
     whole = Report(here, results, ratios, command=f"engineshed {shlex.join(sys.argv[1:])}  # {loads[0].shape}")
-    report.show(whole, console)
-    if args.json is not None:
-        report.write_json(whole, args.json)
-    if args.page is not None:
-        report.write_page(whole, args.page)
+    report.give(whole, console, args.json, args.page)
     return 0
 
 
@@ -460,18 +457,3 @@ def _lengths(text: str) -> Lengths:
         return Lengths.parse(text)
     except LoadError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _number(kind: type[int] | type[float], least: float) -> Callable[[str], float]:
-    """An argument's type: a finite number, `least` or more."""
-
-    def number(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = kind(-1)
-        if not least <= value < 1e9:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number of at least {least:g}")
-        return value
-
-    return number

@@ -132,7 +132,7 @@ def _whole(folder: Path, variants: list[str]) -> bool:
     try:
         manifest = bundle.read(folder)
         for name in variants:
-            bundle.verify(folder, manifest, manifest.variant(name))
+            bundle.verify(folder, manifest.served(manifest.variant(name)))
     except bundle.BundleError:
         return False
     return True

@@ -5,6 +5,7 @@ A bundle is a folder `engines/NAME/` that holds `bundle.json` (a `Bundle`), `tok
 """
 
 import hashlib
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -139,6 +140,10 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
         """The variants by their names."""
         return {variant.name: variant for variant in self.variants}
 
+    def served(self, variant: Variant) -> tuple[File, ...]:
+        """The files that serving `variant` reads."""
+        return (*self.files, *variant.files)
+
     @property
     def tokenizer(self) -> str | None:
         """The tokenizer's SHA-256, by which two bundles' can be compared."""
@@ -190,22 +195,17 @@ def read(folder: Path) -> Bundle:
     return bundle
 
 
-def verify(folder: Path, bundle: Bundle, variant: Variant) -> None:
-    """Hash the files that serving `variant` reads and compare; raises BundleError at the first that differs."""
-    for file in (*bundle.files, *variant.files):
-        verify_file(folder, file)
-
-
-def verify_file(folder: Path, file: File) -> None:
-    """Hash `file` of the bundle in `folder` and compare; raises BundleError where it differs."""
-    try:
-        digest = sha256(folder / file.path)
-    except OSError as error:
-        raise BundleError(f"{folder / file.path} cannot be read ({error.strerror}); export the model again") from error
-    if digest != file.sha256:
-        raise BundleError(
-            f"{folder / file.path} is not the file that was exported (its sha256 differs); export the model again"
-        )
+def verify(folder: Path, files: Iterable[File]) -> None:
+    """Hash `files` of the bundle in `folder` and compare; raises BundleError at the first that differs."""
+    for file in files:
+        try:
+            digest = sha256(folder / file.path)
+        except OSError as error:
+            raise BundleError(f"{folder / file.path} cannot be read ({error.strerror}); export the model again") from error
+        if digest != file.sha256:
+            raise BundleError(
+                f"{folder / file.path} is not the file that was exported (its sha256 differs); export the model again"
+            )
 
 
 def scan(root: Path) -> dict[str, Bundle | BundleError]:

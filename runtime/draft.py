@@ -8,6 +8,7 @@ wherever the two distributions are alike, for sampled requests as for greedy one
 import numpy as np
 
 from runtime.engine import Batch, Engine, EngineError, Int64
+from runtime.radix import common
 from runtime.sampling import draw
 from runtime.sequence import Sequence
 
@@ -59,10 +60,7 @@ class Drafter:
 
     def _missing(self, slot: int, tokens: Int64) -> int:
         """How many of the last `tokens` have no rows in `slot`."""
-        known = self._known[slot]
-        length = min(len(known), len(tokens))
-        differing = np.flatnonzero(known[:length] != tokens[:length])
-        return len(tokens) - (int(differing[0]) if len(differing) else length)
+        return len(tokens) - common(self._known[slot], tokens)
 
     def _step(self, slot: int, tokens: Int64, new: int, rows: list[tuple[Sequence, int]]) -> int:
         """Compute the last `new` of `tokens`; gives the token drawn after them, if `rows` wants one."""

@@ -3,7 +3,9 @@
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from runtime.slots import Slots
 from runtime.speculation import Lookup, Plan, worthwhile
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 PREFILL_CHUNK = 128
 """Prompt tokens a step, at most: between two steps the loop takes what has arrived."""
@@ -140,7 +143,8 @@ class Loop:
         """Verify guesses and prefill within the budget, decode everyone else by one token, and report what is new."""
         self._iteration += 1
         start = time.perf_counter()
-        plans = {sequence: plan for sequence in self.slots.decoding if (plan := self._plan(sequence)).count}
+        plain = self._plain_cost()
+        plans = {sequence: plan for sequence in self.slots.decoding if (plan := self._plan(sequence, plain)).count}
         news = self._verify_some(plans)
         news += self._prefill(time.perf_counter() - start)
         news += self._decode([sequence for sequence in self.slots.decoding if sequence not in plans])
@@ -180,7 +184,8 @@ class Loop:
         outcome = self._run(batch, [sequence])
         if isinstance(outcome, list):
             return outcome
-        self._read_along(sequence, end)
+        if self._speculates(sequence):
+            self._ask_drafter(lambda drafter: drafter.read(sequence.slot, sequence.prompt[:end]))
         self._pace.prefilled(size, time.perf_counter() - start)
         sequence.computed = end
         self.slots.prefilled(sequence)
@@ -188,7 +193,7 @@ class Loop:
         if not last:
             return []
         self.slots.promote()
-        if self.speculation and sequence.request.speculation:
+        if self._speculates(sequence):
             sequence.lookup = Lookup(sequence.request.prompt, sequence.request.prediction)
         return [self._take(sequence, *outcome)]
 
@@ -215,13 +220,17 @@ class Loop:
 
     # Guesses -------------------------------------------------------------------------------------------------------
 
-    def _plan(self, sequence: Sequence) -> Plan:
-        """How many of its next tokens are worth guessing."""
+    def _plain_cost(self) -> float:
+        """What a token costs in the step that the decoding sequences share, in steps for one token."""
+        beside = len(self.slots.decoding)
+        return 1.0 if beside <= 1 else (1 + self.engine.many_cost + self.engine.row_cost * (beside - 1)) / beside
+
+    def _plan(self, sequence: Sequence, plain: float) -> Plan:
+        """How many of its next tokens are worth guessing where one costs `plain` without guesses."""
         if sequence.lookup is None:
             return Plan()
         room = min(sequence.request.max_tokens - len(sequence.tokens) - 1, self.engine.context - sequence.length)
-        fixed, cost, beside = self.engine.many_cost, self.engine.row_cost, len(self.slots.decoding)
-        plain = 1.0 if beside == 1 else (1 + fixed + cost * (beside - 1)) / beside
+        fixed, cost = self.engine.many_cost, self.engine.row_cost
         plan = worthwhile(sequence.lookup.confidence, cost, room, fixed=fixed, plain=plain)
         if self.drafter is None:
             return plan
@@ -244,7 +253,10 @@ class Loop:
 
     def _verify(self, sequence: Sequence, plan: Plan) -> list[News]:
         """The engine's own tokens in the places of guesses, up to the first that differs from its guess, and that one."""
-        guesses = self._draft(sequence, plan.count) if plan.drafted else sequence.guess(plan.count)
+        if plan.drafted:
+            guesses = self._ask_drafter(lambda drafter: drafter.guess(sequence, plan.count)) or []
+        else:
+            guesses = sequence.guess(plan.count)
         count = len(guesses) + 1
         batch = Batch(
             first_slot=sequence.slot,
@@ -264,29 +276,20 @@ class Loop:
             sequence.judge_draft(len(guesses), right)
         return [self._take(sequence, tokens[: right + 1], logprobs[: right + 1])]
 
-    def _draft(self, sequence: Sequence, count: int) -> list[int]:
-        """The draft engine's guesses; none, now and later, once it has failed."""
+    def _speculates(self, sequence: Sequence) -> bool:
+        return self.speculation and sequence.request.speculation
+
+    def _ask_drafter(self, ask: Callable[[Drafter], T]) -> T | None:
+        """What the draft engine gives; None where there is none, now and later once it has failed."""
+        if self.drafter is None:
+            return None
         try:
-            return self.drafter.guess(sequence, count) if self.drafter is not None else []
+            return ask(self.drafter)
         except Exception:  # the engine itself is well, and needs no guesses
             log.exception("the draft engine failed; going on without it")
-            self._stop_drafting()
-            return []
-
-    def _read_along(self, sequence: Sequence, end: int) -> None:
-        """Have the draft engine compute the prompt's first `end` tokens, too."""
-        if self.drafter is None or not (self.speculation and sequence.request.speculation):
-            return
-        try:
-            self.drafter.read(sequence.slot, sequence.prompt[:end])
-        except Exception:  # the engine itself is well, and needs no guesses
-            log.exception("the draft engine failed; going on without it")
-            self._stop_drafting()
-
-    def _stop_drafting(self) -> None:
-        if self.drafter is not None:
             self.slots.memories.remove(self.drafter)
             self.drafter = None
+            return None
 
     def _run(self, batch: Batch, sequences: list[Sequence]) -> tuple[list[int], list[float]] | list[News]:
         """The engine's tokens and log-probabilities; or, when it failed, the end of every sequence that took part."""

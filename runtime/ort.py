@@ -16,7 +16,6 @@ from runtime import bundle
 from runtime.bundle import Bundle, Variant
 from runtime.engine import Batch, Draw, EngineError, Float32, Int64
 
-_PAGE = 4096
 _MANY_COST = {"fp32": 0.0, "int8": 0.2, "int4": 0.2}
 _ROW_COST = {"fp32": 0.06, "int8": 0.13, "int4": 0.13}
 _BYTE_COST = {"fp32": 1.0, "int8": 1.3, "int4": 2.0}
@@ -138,17 +137,14 @@ def start(folder: Path, manifest: Bundle, variant: Variant, *, slots: int, conte
     if context is not None and context > manifest.max_length:
         raise EngineError(f"model {manifest.name!r} was made for {manifest.max_length} positions; --context {context} is more")
     length = manifest.max_length if context is None else context
-    graph = next(file for file in variant.files if file.path == variant.model)
-    bundle.verify_file(folder, graph)
+    files = manifest.served(variant)
+    bundle.verify(folder, [file for file in files if file.path == variant.model])
     with ThreadPoolExecutor(max_workers=1) as hashing:
-        others = [
-            hashing.submit(bundle.verify_file, folder, file) for file in (*manifest.files, *variant.files) if file != graph
-        ]
+        others = hashing.submit(bundle.verify, folder, [file for file in files if file.path != variant.model])
         try:
             return OrtEngine(folder, variant, manifest.vocab_size, slots=slots, context=length, threads=threads)
         finally:
-            for verified in others:
-                verified.result()  # Where the engine failed, too, the damaged file is the reason.
+            others.result()  # Where the engine failed, too, the damaged file is the reason.
 
 
 def _session(path: Path, threads: int) -> ort.InferenceSession:

@@ -32,7 +32,7 @@ class Radix:
         """How many leading `tokens` [any] the best slots hold, and these slots; (0, set()) where none holds the first."""
         node, length = self._root, 0
         while length < len(tokens) and (child := node.children.get(int(tokens[length]))) is not None:
-            same = _common(child.edge, tokens[length:])
+            same = common(child.edge, tokens[length:])
             length += same
             node = child
             if same < len(child.edge):
@@ -54,7 +54,7 @@ class Radix:
             if child is None:
                 node.children[int(tokens[at])] = _Node(tokens[at:], {slot})
                 return
-            same = _common(child.edge, tokens[at:])
+            same = common(child.edge, tokens[at:])
             if same < len(child.edge):
                 child = _split(node, child, same)
             child.slots.add(slot)
@@ -79,8 +79,8 @@ def _split(parent: _Node, node: _Node, length: int) -> _Node:
     return upper
 
 
-def _common(left: Int64, right: Int64) -> int:
-    """Leading tokens that two runs share."""
+def common(left: Int64, right: Int64) -> int:
+    """Leading tokens that two runs [any] share."""
     length = min(len(left), len(right))
     differing = np.flatnonzero(left[:length] != right[:length])
     return int(differing[0]) if len(differing) else length

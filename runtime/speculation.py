@@ -67,10 +67,9 @@ class Lookup:
     def extend(self, tokens: Tokens[int]) -> None:
         """Take note of the tokens that came."""
         for token in tokens:
-            expected = None if self._at is None else self._tokens[self._at]
             self._append(token)
             if self._at is not None:
-                right = token == expected
+                right = token == self._tokens[self._at]
                 self._share += (right - self._share) / MEMORY
                 if right:
                     self._run, self._at = self._run + 1, self._at + 1

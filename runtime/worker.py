@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import zmq
@@ -105,18 +106,11 @@ class Worker:
 
     def _beat(self) -> None:
         self._heartbeat_due = time.monotonic() + messages.HEARTBEAT_SECONDS
-        counters = self._loop.counters
         beat = Heartbeat(
             running=self._loop.running,
             waiting=self._loop.waiting,
             kv_tokens=self._loop.kv_tokens,
-            steps=counters.steps,
-            prompt_tokens=counters.prompt_tokens,
-            cached_tokens=counters.cached_tokens,
-            generated_tokens=counters.generated_tokens,
-            guessed_tokens=counters.guessed_tokens,
-            accepted_tokens=counters.accepted_tokens,
-            step_seconds=counters.step_seconds,
+            **asdict(self._loop.counters),
         )
         for owner in list(self._fronts):
             self._send(owner, beat)

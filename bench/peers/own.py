@@ -21,8 +21,10 @@ class Own:
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         folder = Path(setting.model)
-        variant = bundle.read(folder).variant(setting.name)
-        self._engine = ort.load(folder, variant.name, slots=setting.streams, context=setting.context, threads=setting.threads)
+        manifest = bundle.read(folder)
+        variant = manifest.variant(setting.name)
+        slots, context = setting.streams, setting.context
+        self._engine = ort.start(folder, manifest, variant, slots=slots, context=context, threads=setting.threads)
         # Guessing tokens ahead pays by what is generated, and greedy answers to random prompts repeat themselves: no measure.
         self._loop = Loop(self._engine, queue=setting.streams, speculation=False)
         self.note = f"onnxruntime {version('onnxruntime')}, the decode loop without speculation"

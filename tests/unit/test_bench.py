@@ -175,7 +175,10 @@ def test_products_are_counted_without_the_lm_head(tiny_bundle: Path) -> None:
     hidden, wide, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     assert hidden is not None
     attention = hidden * (4 + 2 + 2) * 16 + 4 * 16 * hidden
-    assert engine.parameters(tiny_bundle, bundle.read(tiny_bundle)) == layers * (attention + 3 * hidden * wide)
+    manifest = bundle.read(tiny_bundle)
+    assert engine.parameters(tiny_bundle, manifest) == layers * (attention + 3 * hidden * wide)
+    quantized = msgspec.structs.replace(manifest, variants=(manifest.by_name["cpu-int4"],))
+    assert engine.parameters(tiny_bundle, quantized) == layers * (attention + 3 * hidden * wide)
 
 
 def test_shares_are_of_the_limits() -> None:

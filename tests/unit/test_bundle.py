@@ -220,7 +220,7 @@ def test_given_a_variant_whose_model_is_not_among_its_files_when_read_then_it_is
 
 def test_given_an_untouched_bundle_when_verified_then_nothing_is_raised(folder: Path, written: Bundle) -> None:
     for one in written.variants:
-        bundle.verify(folder, written, one)
+        bundle.verify(folder, written.served(one))
 
 
 @pytest.mark.parametrize("path", [TOKENIZER, "cpu-int4/model.onnx"])
@@ -230,18 +230,18 @@ def test_given_a_changed_byte_when_verified_then_the_file_is_named(folder: Path,
     (folder / path).write_bytes(data)
     assert bundle.read(folder) == written
     with pytest.raises(BundleError, match=rf"{path} is not the file that was exported .*{AGAIN}"):
-        bundle.verify(folder, written, written.by_name["cpu-int4"])
+        bundle.verify(folder, written.served(written.by_name["cpu-int4"]))
 
 
 def test_given_a_changed_byte_in_another_variant_when_verified_then_it_does_not_matter(folder: Path, written: Bundle) -> None:
     (folder / "cpu-fp32" / "model.onnx").write_bytes(b"x" * 400)
-    bundle.verify(folder, written, written.by_name["cpu-int4"])
+    bundle.verify(folder, written.served(written.by_name["cpu-int4"]))
 
 
 def test_given_a_file_that_went_away_when_verified_then_it_is_named(folder: Path, written: Bundle) -> None:
     (folder / TOKENIZER).unlink()
     with pytest.raises(BundleError, match=rf"{TOKENIZER} cannot be read .*{AGAIN}"):
-        bundle.verify(folder, written, written.by_name["cpu-int4"])
+        bundle.verify(folder, written.served(written.by_name["cpu-int4"]))
 
 
 def test_given_one_damaged_bundle_when_scanned_then_the_others_are_there_and_it_is_an_error(

@@ -186,7 +186,7 @@ def test_given_a_bundle_when_another_precision_is_exported_then_the_older_varian
     assert list(after.by_name) == ["cpu-int8", "cpu-fp32", "cpu-int4"]
     assert after.variants[1:] == before.variants
     for variant in after.variants:
-        bundle.verify(published, after, variant)
+        bundle.verify(published, after.served(variant))
     proof = after.by_name["cpu-int8"].verification
     assert proof is not None
     assert proof.equal > 0.9 * proof.tokens
@@ -199,7 +199,7 @@ def test_given_a_bundle_when_a_variant_is_exported_again_then_it_replaces_the_ol
     tiny.exporting(published.parent, verify=False).run(tiny.recipe(tiny_model))
     after = bundle.read(published)
     for variant in after.variants:
-        bundle.verify(published, after, variant)
+        bundle.verify(published, after.served(variant))
         assert variant.verification is None
     assert left(published.parent) == ["tiny"]
 
@@ -258,7 +258,7 @@ def test_given_a_damaged_variant_when_exported_if_missing_then_it_is_built_again
     assert export(tiny_model, *options, "--text", tiny.TEXT) == 0
     manifest = bundle.read(published)
     assert sorted(manifest.by_name) == ["cpu-fp32", "cpu-int4"]
-    bundle.verify(published, manifest, manifest.variant("cpu-int4"))
+    bundle.verify(published, manifest.served(manifest.variant("cpu-int4")))
 
 
 def test_given_a_damaged_older_variant_when_another_is_exported_then_it_is_not_kept(published: Path, tiny_model: Path) -> None:

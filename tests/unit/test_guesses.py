@@ -14,6 +14,7 @@ from runtime.loop import Loop
 from runtime.messages import Generate, Row, Sampling
 from runtime.ort import OrtEngine
 from runtime.sequence import Sequence
+from tests.unit.test_loop import run
 
 SLOTS = 4
 CONTEXT = 320
@@ -68,15 +69,7 @@ def requests(temperature: float, speculation: bool = True) -> list[Generate]:
 
 
 def answers(loop: Loop, wanted: list[Generate]) -> dict[str, list[Row]]:
-    rows: dict[str, list[Row]] = {}
-    for request in wanted:
-        assert loop.submit(FRONT, request) is None
-    while loop.busy:
-        for news in loop.step():
-            rows.setdefault(news.row.id, []).append(news.row)
-        loop.slots.check()
-    assert loop.slots.free == SLOTS
-    return rows
+    return run(loop, *wanted)
 
 
 def tokens(rows: dict[str, list[Row]]) -> dict[str, list[int]]:
