@@ -1,4 +1,4 @@
-"""The command: `engineshed export | serve | chat | bench | engines`.
+"""The command: `engineshed export | serve | chat | bench | engines | devices`.
 
 Each subcommand lives in its own house and is imported when it is chosen, so that serving never waits for torch.
 """
@@ -39,6 +39,7 @@ COMMANDS = {
     "chat": Command("server.chat", "chat with a running server in the terminal"),
     "bench": Command("bench.cli", "measure an engine's or a server's latency and throughput"),
     "engines": Command("server.engines", "list the bundles that have been built"),
+    "devices": Command("server.devices", "show the CPU, the GPUs, and what can run on them"),
 }
 
 

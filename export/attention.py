@@ -3,8 +3,9 @@
 transformers dispatches attention by name and sends every cache write through `Cache.update`. Both are taken over here, so
 that the traced graph holds the operators that the runtime is fast at, whatever the model:
 
-* fused: `com.microsoft::GroupQueryAttention`, which appends to the KV slot itself. For causal and sliding-window attention
-  over a layer's own keys and values.
+* fused, for causal and sliding-window attention over a layer's own keys and values: to ONNX Runtime
+  `com.microsoft::GroupQueryAttention`, which appends to the KV slot itself; to TensorRT `TensorScatter` into the slot, which it
+  does in place, then `Attention` under a mask of truth values.
 * explicit: `TensorScatter` into the slot, then the model's own attention (or a plain one) under an additive mask. For all
   the rest: ALiBi, chunked windows, latent attention, models that do not dispatch.
 
@@ -19,7 +20,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from export.cache import WHOLE, Layer, SlotCache
+from export.cache import LATER_DOMAIN, WHOLE, Layer, SlotCache
 from export.errors import UnsupportedModel
 
 NAME = "engineshed"
@@ -67,7 +68,10 @@ def _attention(
     bias, chosen = kwargs.get("position_bias"), kwargs.get("indices")
     causal = getattr(module, "is_causal", True)
     if layer is not None and layer in cache.plan and cache.plan[layer].fused:
-        return _fused(cache, cache.plan[layer], query, key, value, scale, softcap, s_aux), None
+        if cache.dialect == "onnxruntime":
+            return _fused(cache, cache.plan[layer], query, key, value, scale, softcap, s_aux), None
+        if not softcap and s_aux is None:  # for which TensorRT's attention has no place
+            return _masked(cache, cache.plan[layer], query, key, value, scale), None
     if layer is not None and not cache.plan:
         plain = bias is None and chosen is None and (causal or attention_mask is not None) and layer not in cache.windows
         even = query.shape[-1] == key.shape[-1] == value.shape[-1] and query.shape[1] % key.shape[1] == 0
@@ -121,6 +125,22 @@ def _fused(
         version=1,
     )
     return out.reshape(batch, seq, heads, dim)
+
+
+def _masked(
+    cache: SlotCache, layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """`Attention` over the whole slot, as `cache.update` gave it, under the layer's window."""
+    assert layer.window is not None
+    out = torch.onnx.ops.symbolic(
+        f"{LATER_DOMAIN}::Attention",
+        (query, key, value, cache.visible(layer.window)),
+        {"is_causal": 0, "scale": scale},
+        dtype=query.dtype,
+        shape=query.shape,
+        version=1,
+    )
+    return out.transpose(1, 2)
 
 
 def _explicit(

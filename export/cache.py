@@ -6,12 +6,15 @@ predicate. So one object sees each layer's heads, dimensions and window, without
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.cache_utils import Cache
 
 from export.errors import UnsupportedModel
+
+Dialect = Literal["onnxruntime", "tensorrt"]
+"""Whose operators serve the layers that a fused operator can serve: see `attention`."""
 
 LATER_DOMAIN = "onnx24"
 """Stands for ONNX's own domain in operators younger than the opset that is traced; `graph.tidy` puts the right one."""
@@ -39,7 +42,7 @@ class Layer:
 
     @property
     def fused(self) -> bool:
-        """GroupQueryAttention can serve this layer."""
+        """A fused operator can serve this layer."""
         return self.window is not None
 
 
@@ -76,6 +79,7 @@ class SlotCache(Cache):
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     plan: dict[int, Layer] = field(default_factory=dict)
+    dialect: Dialect = "onnxruntime"
 
     def __post_init__(self) -> None:
         super().__init__(layers=_NoLayers())
@@ -93,7 +97,7 @@ class SlotCache(Cache):
             raise UnsupportedModel(
                 f"layer {layer_idx} caches a tensor of {key.dim()} dimensions; a KV slot holds [heads, length, dim]"
             )
-        if layer_idx in self.plan and self.plan[layer_idx].fused:
+        if self.dialect == "onnxruntime" and layer_idx in self.plan and self.plan[layer_idx].fused:
             self.written[layer_idx] = (key, value)
             return key, value
         new_key = self._scatter(self.keys.get(layer_idx), key)
@@ -145,12 +149,21 @@ class SlotCache(Cache):
                 return index
         return None
 
+    def visible(self, window: int) -> torch.Tensor:
+        """Which keys a query sees through `window`: bool [batch, 1, seq, longest]."""
+        queries, keys = self._axes()
+        seen = keys <= queries
+        return seen if window == WHOLE else seen & (keys > queries - window)
+
+    def _axes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of queries [batch, 1, seq, 1] and of keys [1, 1, 1, longest]."""
+        return self.step.position_ids[:, None, :, None], self.step.kv_range[None, None, None, :]
+
     def mask(self, allowed: Callable[..., torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """The additive mask [batch, 1, seq, longest] of transformers' index predicate, remembered with its window."""
         rows = torch.arange(self.step.position_ids.shape[0])[:, None, None, None]
         heads = torch.zeros(1, dtype=torch.int64)[None, :, None, None]
-        queries = self.step.position_ids[:, None, :, None]
-        keys = self.step.kv_range[None, None, None, :]
+        queries, keys = self._axes()
         seen = allowed(rows, heads, queries, keys)
         mask = torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
         mask = mask.expand(queries.shape[0], 1, queries.shape[2], keys.shape[3])

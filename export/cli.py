@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
+from rich.progress_bar import ProgressBar
 from rich.status import Status
+from rich.table import Table
 
 from export import recipe
 from export.errors import ExportError
 from export.recipe import Build, Recipe
 from runtime import bundle
-from runtime.bundle import Target
+from runtime.bundle import Precision, Target
 
 DEFAULT_RECIPE = Path("engines/smollm2-135m-instruct.toml")
 DEFAULT_TEXT = Path("tests/data/perplexity.txt")
-PRECISIONS = ("fp32", "int8", "int4")
 
 DESCRIPTION = """\
 Build an engine bundle from a model and publish it under engines/.
@@ -37,6 +38,8 @@ examples:
   engineshed export Qwen/Qwen3-0.6B --precision int4 fp32     two variants of a model on the hub
   engineshed export ./my-model --name mine --precision int8   a local folder
   engineshed export ./model.Q4_1.gguf                         a GGUF; its own 4- and 8-bit blocks are carried over
+  engineshed export ./my-model --target cuda                  for ONNX Runtime on a GPU, fp16
+  engineshed export --target tensorrt-rtx --gpu 8.9           a plan for another machine's GPU, built without one
 """
 
 
@@ -48,7 +51,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", type=Path, help=f"TOML file that says what to build (default {DEFAULT_RECIPE})")
     parser.add_argument("--target", choices=get_args(Target), help="what the engine runs on (default: the recipe's, or cpu)")
     parser.add_argument(
-        "--precision", nargs="+", choices=PRECISIONS, help="weights, one variant each (default: the recipe's, or int4)"
+        "--precision",
+        nargs="+",
+        choices=get_args(Precision),
+        help="weights, one variant each (default: the recipe's, or int4 for the cpu and fp16 for GPUs)",
+    )
+    plans = parser.add_argument_group("TensorRT's plans", "whose shapes are fixed when they are built")
+    plans.add_argument(
+        "--gpu", nargs="+", metavar="X.Y", help="compute capabilities to build for, as 8.9 (default: the GPU here)"
+    )
+    plans.add_argument("--context", type=int, help=f"tokens a slot holds (default: the model's own, at most {recipe.CONTEXT})")
+    plans.add_argument("--batch", type=int, nargs="+", help="most sequences that decode together, a profile each (default 64)")
+    plans.add_argument("--chunk", type=int, help="most prompt tokens a step (default 512)")
+    plans.add_argument(
+        "--strip-weights", action="store_true", help="leave the weights out of the plan; the ONNX beside it has them"
     )
     parser.add_argument("--name", help="the bundle's name (default: the model's)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -103,6 +119,13 @@ class Report:
         self._status = self._console.status(f"{stage} ...")
         self._status.start()
 
+    def advance(self, stage: str, share: float) -> None:
+        """See `pipeline.Progress`."""
+        if self._status is not None:
+            bar = Table.grid(padding=(0, 1))
+            bar.add_row(f"{stage} ...", ProgressBar(completed=100 * share, width=40), f"{share:.0%}")
+            self._status.update(bar)
+
     def end(self, stage: str, seconds: float, note: str) -> None:
         """See `pipeline.Progress`."""
         self._clear()
@@ -115,9 +138,19 @@ class Report:
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     target: Target = arguments.target or "cpu"
-    builds = tuple(Build(target, precision) for precision in arguments.precision or ())
-    if arguments.target is not None and not builds:
-        builds = (Build(target),)
+    given = {
+        "gpus": tuple(arguments.gpu or ()),
+        "context": arguments.context,
+        "batches": tuple(arguments.batch or ()),
+        "chunk": arguments.chunk,
+        "strip": arguments.strip_weights,
+    }
+    shapes = {name: value for name, value in given.items() if value}
+    named = arguments.target is not None or arguments.precision is not None
+    precisions = arguments.precision or recipe.PRECISIONS[target][:1]
+    builds = tuple(Build(target, precision, **shapes) for precision in precisions) if named else ()
+    if shapes and not named:
+        raise ExportError("--gpu, --context, --batch, --chunk and --strip-weights go with --target tensorrt or tensorrt-rtx")
     if arguments.model is not None:
         if arguments.recipe is not None:
             raise ExportError("give a MODEL or a --recipe, not both")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from export.cache import Layer
+from export.cache import Dialect, Layer
 from export.errors import UnsupportedModel
 from export.operators import TRANSLATIONS
 from export.step import StepModule, Survey, prepare
@@ -19,14 +19,15 @@ _LONGEST_REASON = 300
 
 
 @torch.no_grad()
-def trace(model: PreTrainedModel, seen: Survey) -> Any:
-    """The step of `model` as an ONNX IR model (weights stay the model's own tensors).
+def trace(model: PreTrainedModel, seen: Survey, dialect: Dialect = "onnxruntime", capacity: int | None = None) -> Any:
+    """The step of `model`, in its own dtype, as an ONNX IR model (weights stay the model's own tensors).
 
     Inputs: input_ids, position_ids [batch, seq] int64; kv_lengths [batch] int32; kv_range [longest] int64; logit_rows
     [rows] int64; past.N.key, past.N.value [batch, kv_heads, capacity, dim]. Outputs: logits [rows, vocab] float32 and the
-    same buffers as present.N.key, present.N.value.
+    same buffers as present.N.key, present.N.value. `capacity` fixes the slots' length, None leaves it to the runtime.
     """
-    batch, seq, longest, rows, capacity = 2, 3, 7, 5, 16
+    batch, seq, longest, rows = 2, 3, 7, 5
+    size = capacity or 16
     layers = seen.layers
     dtype = model.dtype
     lengths = torch.tensor([5, 7], dtype=torch.int32)
@@ -36,14 +37,14 @@ def trace(model: PreTrainedModel, seen: Survey) -> Any:
         lengths,
         torch.arange(longest),
         torch.arange(rows),
-        [torch.zeros(batch, layer.kv_heads, capacity, layer.key_dim, dtype=dtype) for layer in layers],
-        [torch.zeros(batch, layer.kv_heads, capacity, layer.value_dim, dtype=dtype) for layer in layers],
+        [torch.zeros(batch, layer.kv_heads, size, layer.key_dim, dtype=dtype) for layer in layers],
+        [torch.zeros(batch, layer.kv_heads, size, layer.value_dim, dtype=dtype) for layer in layers],
     )
-    kv_axes = [{0: "batch", 2: "capacity"}] * len(layers)
+    kv_axes = [{0: "batch"} if capacity else {0: "batch", 2: "capacity"}] * len(layers)
     names = [f"{layer.index}.key" for layer in layers] + [f"{layer.index}.value" for layer in layers]
     try:
         program = torch.onnx.export(
-            StepModule(model, seen).eval(),
+            StepModule(model, seen, dialect).eval(),
             args,
             dynamo=True,
             dynamic_shapes=(

@@ -2,6 +2,7 @@
 
 Every rewrite is local, exact up to the order of float sums, and asks for nothing but its own pattern:
 
+* rotary embeddings that are written out in halves become one operator (in 16 bits the exporter leaves them so);
 * attention takes [batch, seq, heads * dim]: the detours through [batch, heads, seq, dim] around rotary embeddings go;
 * a residual sum and the RMS norm that reads it become one operator;
 * products of one activation with several weights (q, k and v; gate and up) become one product;
@@ -15,11 +16,16 @@ from export.graph import constant
 
 _HEADS_OUT = (0, 2, 1, 3)
 """The permutation between [batch, seq, heads, dim] and [batch, heads, seq, dim]; its own inverse."""
+_ELEMENTWISE = {"Cast", "Cos", "Sin", "Mul"}
+"""What stands between a table of angles and its cosines or sines."""
 
 
 def fuse(model: ir.Model) -> None:
     """Rewrite `model` in place."""
     graph = model.graph
+    for node in list(graph):
+        if node.op_type == "Add":
+            _turn(graph, node)
     for node in list(graph):
         if node.op_type == "GroupQueryAttention":
             for index in range(3):
@@ -35,6 +41,68 @@ def fuse(model: ir.Model) -> None:
             _take_only_entry(graph, node)
     _merge_products(graph)
     model.opset_imports["com.microsoft"] = 1
+
+
+def _turn(graph: ir.Graph, add: ir.Node) -> None:
+    """x * cos + concat(-second half of x, first half of x) * sin -> RotaryEmbedding(x, cos, sin)."""
+    plain, turned = (_producer(value, "Mul") for value in add.inputs)
+    swapped = _producer(_first(turned), "Concat")
+    if plain is None or turned is None or swapped is None or len(swapped.inputs) != 2:
+        return
+    x, negative, first = plain.inputs[0], _producer(swapped.inputs[0], "Neg"), _producer(swapped.inputs[1], "Slice")
+    second = _producer(_first(negative), "Slice")
+    if x is None or x.shape is None or len(x.shape) != 4 or first is None or second is None:
+        return
+    half = x.shape[3] // 2 if isinstance(x.shape[3], int) and x.shape[3] % 2 == 0 else 0
+    if not half or any(part.inputs[0] is not x for part in (first, second)):
+        return
+    if _bounds(first) != (0, half, half) or _bounds(second) != (half, None, half):
+        return
+    cos, sin = (_half_table(graph, add, factor.inputs[1], half) for factor in (plain, turned))
+    if cos is None or sin is None:
+        return
+    rotary = ir.node("RotaryEmbedding", [x, cos, sin], {"interleaved": 0})
+    graph.insert_before(add, rotary)
+    old, new = add.outputs[0], rotary.outputs[0]
+    name = old.name
+    _describe(new, old)
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    graph.remove(add, safe=True)
+    new.name = name
+
+
+def _bounds(node: ir.Node) -> tuple[int, int | None, int] | None:
+    """Start, end (None past the end) and length of a Slice of a last axis twice as long."""
+    numbers = [None if value is None or value.const_value is None else value.const_value.numpy() for value in node.inputs[1:]]
+    if len(numbers) < 3 or any(number is None or number.size != 1 for number in numbers):
+        return None
+    start, end, axis = (int(number.item()) for number in numbers[:3] if number is not None)
+    size = node.inputs[0].shape[3] if node.inputs[0] is not None and node.inputs[0].shape is not None else None
+    if axis not in (3, -1) or not isinstance(size, int):
+        return None
+    return start, None if end >= size else end, min(end, size) - start
+
+
+def _half_table(graph: ir.Graph, before: ir.Node, factor: ir.Value | None, half: int) -> ir.Value | None:
+    """The first half [batch, seq, half] of a table of cosines or sines [batch, 1, seq, 2 * half] whose halves are the same."""
+    unsqueeze = _producer(factor, "Unsqueeze")
+    table = _first(unsqueeze)
+    if unsqueeze is None or table is None or unsqueeze.inputs[1] is None or unsqueeze.inputs[1].const_value is None:
+        return None
+    node = table.producer()
+    while node is not None and node.op_type in _ELEMENTWISE:
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if unsqueeze.inputs[1].const_value.numpy().tolist() != [1] or node is None or node.op_type != "Concat":
+        return None
+    if len(node.inputs) != 2 or node.inputs[0] is not node.inputs[1]:
+        return None
+    known = next((user for user, _ in table.uses() if user.op_type == "Slice" and user.name == f"half_of_{table.name}"), None)
+    if known is not None:
+        return known.outputs[0]
+    bounds = [constant(graph, f"half.{number}", np.array([number])) for number in (0, half, 2)]
+    sliced = ir.node("Slice", [table, *bounds], name=f"half_of_{table.name}")
+    graph.insert_after(unsqueeze, sliced)
+    return sliced.outputs[0]
 
 
 def _flatten_heads(graph: ir.Graph, attention: ir.Node, index: int) -> None:
@@ -86,6 +154,8 @@ def _add_to_norm(graph: ir.Graph, norm: ir.Node) -> None:
     if add is None or total is None or gamma is None or len(gamma.shape or ()) != 1 or total.is_graph_output():
         return
     if axis is not None and axis.as_int() not in (-1, 2):
+        return
+    if not total.dtype == gamma.dtype == norm.outputs[0].dtype:  # a factor in float32 over 16-bit sums
         return
     left, right = add.inputs
     shapes = [value.shape for value in (left, right, total) if value is not None]

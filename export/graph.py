@@ -12,6 +12,7 @@ from export.cache import LATER_DOMAIN
 
 WEIGHTS = "weights.bin"
 MODEL = "model.onnx"
+SAMPLER = "sampler.onnx"
 OPSET = 24
 """Graphs are traced at opset 23, where RMSNormalization and RotaryEmbedding stay whole, and then declared 24, which adds
 TensorScatter and changes none of the operators that they hold."""
@@ -74,6 +75,11 @@ def step_bytes(model: ir.Model) -> int:
     return sum(read.values())
 
 
+def write_whole(model: ir.Model, path: Path) -> None:
+    """Write `model`, whose weights are small, into the one file `path`."""
+    path.write_bytes(ir.serde.serialize_model(model).SerializeToString())
+
+
 def write(model: ir.Model, folder: Path) -> None:
     """Write `model.onnx` and `weights.bin` into `folder`; weights of equal bytes are stored once, whatever their shapes."""
     offsets: dict[bytes, int] = {}
@@ -92,4 +98,4 @@ def write(model: ir.Model, folder: Path) -> None:
             value.const_value = ir.ExternalTensor(
                 WEIGHTS, offsets[digest], len(data), tensor.dtype, shape=shape, name=name, base_dir=folder
             )
-    (folder / MODEL).write_bytes(ir.serde.serialize_model(model).SerializeToString())
+    write_whole(model, folder / MODEL)

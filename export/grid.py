@@ -13,8 +13,11 @@ import numpy.typing as npt
 BLOCK = 32
 """Weights that share a scale; GGUF's own block length, and one that MatMulNBits takes."""
 
-_TOLERANCE = 2e-3
+EXACT = 2e-3
 """How far from an integer, in steps of the grid, a float32 weight may lie that was computed from 16-bit scales."""
+ROUNDED = 0.1
+"""The same for weights that were rounded to float16, by up to a 2048th of themselves. That 32 weights lie so near to a grid of
+some other step is no matter of chance."""
 _SAMPLE = 1000
 """Blocks that are looked at first: weights that were never quantized fit no grid, and the search ends there."""
 _SHIFT_BITS = 4
@@ -57,23 +60,23 @@ class Grid:
         return matrix
 
 
-def four_bits(matrix: Float32) -> Grid:
+def four_bits(matrix: Float32, tolerance: float = EXACT) -> Grid:
     """16 levels a block, with a real zero point; `matrix` is [rows, columns]."""
     blocks = _blocks(matrix)
     low = blocks.min(-1)
     spread = blocks.max(-1) - low
     scale = _step(spread, 15)
-    exact = _find_steps(blocks - low[..., None], spread, scale, range(15, 0, -1))
+    exact = _find_steps(blocks - low[..., None], spread, scale, range(15, 0, -1), tolerance)
     codes = np.clip(np.rint((blocks - low[..., None]) / scale[..., None]), 0, 15).astype(np.uint8)
     return Grid(4, codes, scale, (-low / scale).astype(np.float32), matrix.shape[1], exact)
 
 
-def eight_bits(matrix: Float32) -> Grid:
+def eight_bits(matrix: Float32, tolerance: float = EXACT) -> Grid:
     """255 levels a block around zero, as GGUF's Q8_0; `matrix` is [rows, columns]."""
     blocks = _blocks(matrix)
     peak = np.abs(blocks).max(-1)
     scale = _step(peak, 127)
-    exact = _find_steps(blocks, peak, scale, range(127, 112, -1))
+    exact = _find_steps(blocks, peak, scale, range(127, 112, -1), tolerance)
     codes = (np.clip(np.rint(blocks / scale[..., None]), -127, 127) + 128).astype(np.uint8)
     return Grid(8, codes, scale, np.full_like(scale, 128), matrix.shape[1], exact)
 
@@ -115,7 +118,7 @@ def _step(spread: Float32, levels: int) -> Float32:
     return step
 
 
-def _find_steps(offsets: Float32, spread: Float32, scale: Float32, levels: range) -> float:
+def _find_steps(offsets: Float32, spread: Float32, scale: Float32, levels: range, tolerance: float) -> float:
     """Where the offsets of a block are multiples of spread / level for one of `levels`, put that step into `scale`.
 
     Returns the share of blocks for which it was so; blocks of equal weights count as found.
@@ -123,17 +126,17 @@ def _find_steps(offsets: Float32, spread: Float32, scale: Float32, levels: range
     flat, spreads, scales = offsets.reshape(-1, BLOCK), spread.reshape(-1), scale.reshape(-1)
     rest = np.flatnonzero(spreads / np.float32(levels[0]))
     sample = rest[:: len(rest) // _SAMPLE + 1]
-    if any(_fits(flat[sample], spreads[sample] / np.float32(level)).any() for level in levels):
+    if any(_fits(flat[sample], spreads[sample] / np.float32(level), tolerance).any() for level in levels):
         for level in levels:
             step = spreads[rest] / np.float32(level)
-            fits = _fits(flat[rest], step)
+            fits = _fits(flat[rest], step, tolerance)
             scales[rest[fits]] = step[fits]
             rest = rest[~fits]
     return 1 - len(rest) / len(spreads)
 
 
-def _fits(offsets: Float32, step: Float32) -> npt.NDArray[np.bool_]:
+def _fits(offsets: Float32, step: Float32, tolerance: float) -> npt.NDArray[np.bool_]:
     """[blocks]: whether all of a block's offsets [blocks, BLOCK] are multiples of its step."""
     positions = offsets / step[:, None]
-    fits: npt.NDArray[np.bool_] = (np.abs(positions - np.rint(positions)) < _TOLERANCE).all(-1)
+    fits: npt.NDArray[np.bool_] = (np.abs(positions - np.rint(positions)) < tolerance).all(-1)
     return fits

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import msgspec
-import onnx_ir as ir
 from transformers import PreTrainedModel
 
-from export import batches, decoder, fuse, graph, publish, sampler, source, tokenizer, verify
+from export import decoder, publish, source, tokenizer, verify
+from export.compile import Compiler
 from export.errors import ExportError, UnsupportedModel
 from export.recipe import Build, Recipe
 from runtime import bundle
@@ -25,8 +25,6 @@ UNKNOWN_LENGTH = 2048
 """Positions of a model whose configuration names no limit (ALiBi models, mostly)."""
 LEAST_AGREEMENT = 0.5
 """Share of greedy tokens below which a quantized variant is taken for broken rather than for coarse."""
-BITS = {"int8": 8, "int4": 4}
-_BUILDERS = ("torch", "transformers", "optimum", "onnxscript", "onnx-ir")
 
 
 class Progress(Protocol):
@@ -34,6 +32,9 @@ class Progress(Protocol):
 
     def begin(self, stage: str) -> None:
         """A stage has begun."""
+
+    def advance(self, stage: str, share: float) -> None:
+        """So much of it is done, from 0 to 1; not every stage tells."""
 
     def end(self, stage: str, seconds: float, note: str) -> None:
         """It is over; `note` says what came of it."""
@@ -43,7 +44,13 @@ class Progress(Protocol):
 class Stage:
     """A stage under way; what is put into `note` is shown at its end."""
 
+    name: str
+    progress: Progress
     note: str = ""
+
+    def advance(self, share: float) -> None:
+        """Tell how much of it is done, from 0 to 1."""
+        self.progress.advance(self.name, share)
 
 
 @dataclass
@@ -82,14 +89,10 @@ class Export:
         with self._stage("survey") as stage:
             seen = decoder.survey(model)
             stage.note = f"{len(seen.layers)} layers, {sum(layer.fused for layer in seen.layers)} with fused attention"
-        with self._stage("trace") as stage:
-            traced = decoder.trace(model, seen)
-            fuse.fuse(traced)
-            stage.note = f"{sum(1 for _ in traced.graph)} operators"
         folder = self.engines / recipe.name
         with publish.workshop(self.engines, recipe.name) as workshop:
             tokenizer.write_text(text, workshop)
-            job = _Job(self, model, traced, seen, workshop, text, sample)
+            job = _Job(self, model, seen, workshop, text, sample)
             variants = tuple(job.build(build) for build in recipe.variants)
             manifest = Bundle(
                 format=bundle.FORMAT,
@@ -113,7 +116,7 @@ class Export:
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[Stage]:
-        start, stage = time.perf_counter(), Stage()
+        start, stage = time.perf_counter(), Stage(name, self.progress)
         self.progress.begin(name)
         yield stage
         self.seconds[name] = time.perf_counter() - start
@@ -126,7 +129,6 @@ class _Job:
 
     export: Export
     model: PreTrainedModel
-    traced: ir.Model
     seen: decoder.Survey
     workshop: Path
     text: tokenizer.TextSide
@@ -138,47 +140,27 @@ class _Job:
         config = self.model.config.get_text_config(decoder=True)
         self.max_length = int(getattr(config, "max_position_embeddings", None) or UNKNOWN_LENGTH)
         self._reference: float | None = None
+        self._compiler = Compiler(
+            self.model, self.seen, self.vocab, self.max_length, self.export.cache.with_name("tensorrt"), self.export._stage
+        )
 
     def build(self, build: Build) -> Variant:
         """Compile one variant into its folder and prove it."""
-        stage_of = self.export._stage
-        folder = self.workshop / build.name
-        folder.mkdir()
-        with stage_of(f"{build.name}: compile") as stage:
-            compiled = self.traced.clone()
-            note = ""
-            if build.precision != "fp32":
-                report = batches.quantize_both(compiled, BITS[build.precision], self.vocab)
-                note = (
-                    f", {report.weights / 1e6:.0f}M weights quantized, {report.carried_share:.0%} of their blocks carried over"
-                )
-            sampler.append_sampler(compiled, self.vocab)
-            graph.tidy(compiled)
-            step_bytes = graph.step_bytes(compiled)
-            graph.write(compiled, folder)
-            files = tuple(bundle.describe(self.workshop, f"{build.name}/{name}") for name in (graph.MODEL, graph.WEIGHTS))
-            stage.note = f"{sum(file.size for file in files) / 1e6:.0f} MB{note}"
-        variant = Variant(
-            name=build.name,
-            target=build.target,
-            precision=build.precision,
-            kv_dtype="float32",
-            model=files[0].path,
-            files=files,
-            layers=tuple(bundle.Layer(x.index, x.kv_heads, x.key_dim, x.value_dim) for x in self.seen.layers),
-            builder=", ".join(f"{name} {version(name)}" for name in _BUILDERS),
-            attention=_attention(self.seen),
-            opset=graph.OPSET,
-            step_bytes=step_bytes,
-        )
-        return self._proved(variant)
+        return self._proved(self._compiler.compile(build, self.workshop))
 
     def _proved(self, variant: Variant) -> Variant:
         if not self.export.verify and self.export.text is None:
             return variant
+        if variant.kv_dtype == "bfloat16":
+            with self.export._stage(f"{variant.name}: verify") as stage:
+                stage.note = "left out: ONNX Runtime has no bfloat16 kernels for the CPU"
+            return variant
         context = min(self.max_length, verify.WINDOW)
+        graph = variant
+        if variant.plan is not None:  # whose ONNX says the same as the plan, and runs here
+            context, graph = variant.plan.capacity, msgspec.structs.replace(variant, model=variant.plan.source)
         try:
-            engine = OrtEngine(self.workshop, variant, self.vocab, slots=len(verify.PROMPTS), context=context)
+            engine = OrtEngine(self.workshop, graph, self.vocab, slots=len(verify.PROMPTS), context=context)
         except EngineError as error:
             raise ExportError(f"variant {variant.name!r} was compiled but cannot be run here: {error}") from error
         try:
@@ -197,7 +179,7 @@ class _Job:
         with self.export._stage(f"{variant.name}: verify") as stage:
             prompts = [self._encode(prompt)[: engine.context - verify.TOKENS] for prompt in verify.PROMPTS]
             answers = verify.continue_prompts(engine, prompts)
-            agreement = verify.compare(self.model, prompts, answers)
+            agreement = verify.compare(self.model, prompts, answers, verify.TIES.get(variant.precision, verify.TIE))
             stage.note = f"{agreement.equal} of {agreement.compared} greedy tokens are transformers'"
             if agreement.ties:
                 stage.note += f", {agreement.ties} tied"
@@ -208,7 +190,7 @@ class _Job:
 
     def _judge(self, variant: Variant, agreement: verify.Agreement) -> None:
         name = type(self.model).__name__
-        if variant.precision == "fp32" and agreement.different:
+        if variant.precision in verify.TIES and agreement.different:
             raise UnsupportedModel(
                 f"{name}: the engine's tokens differ from transformers' in {agreement.different} of {agreement.compared} "
                 f"places ({agreement.first}); the model does something that the step contract does not carry. "
@@ -217,7 +199,7 @@ class _Job:
         if agreement.different > (1 - LEAST_AGREEMENT) * agreement.compared:
             raise UnsupportedModel(
                 f"{name} in {variant.precision}: only {agreement.equal} of {agreement.compared} greedy tokens are "
-                f"transformers' own ({agreement.first}); try --precision int8 or fp32 (--no-verify publishes it all the same)"
+                f"transformers' own ({agreement.first}); try another precision (--no-verify publishes it all the same)"
             )
 
     def _perplexity(self, engine: OrtEngine, variant: Variant, path: Path, sample: str) -> Perplexity:
@@ -240,11 +222,6 @@ class _Job:
     def _encode(self, text: str) -> list[int]:
         ids = [token for token in self.text.tokenizer.encode(text).ids if token < self.vocab]
         return ids or [0]
-
-
-def _attention(seen: decoder.Survey) -> Literal["fused", "explicit", "mixed"]:
-    fused = sum(layer.fused for layer in seen.layers)
-    return "fused" if fused == len(seen.layers) else "mixed" if fused else "explicit"
 
 
 def _read(text: Path) -> str:

@@ -11,6 +11,9 @@ from export.errors import ExportError
 from runtime.bundle import Precision, Target
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+_CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
+CONTEXT = 4096
+"""Tokens a slot of a plan holds unless the model has fewer or the recipe says otherwise."""
 
 
 class ModelReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,11 +35,32 @@ class ModelReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """SPDX identifier, recorded in the bundle."""
 
 
+PRECISIONS: dict[Target, tuple[Precision, ...]] = {
+    "cpu": ("int4", "int8", "fp32"),
+    "cuda": ("fp16", "bf16", "int4"),
+    "tensorrt": ("fp16", "bf16", "fp8", "int8", "int4"),
+    "tensorrt-rtx": ("fp16", "bf16", "fp8", "int8", "int4"),
+}
+"""What can be built for a target, the default in front."""
+_PLANS = ("tensorrt", "tensorrt-rtx")
+
+
 class Build(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One variant to build."""
+    """One variant to build. What follows the precision is for TensorRT's plans, whose shapes are fixed when they are built."""
 
     target: Target = "cpu"
     precision: Precision = "int4"
+    context: int | None = None
+    """Tokens a slot holds; None takes the model's own length, at most `CONTEXT`."""
+    batches: tuple[int, ...] = (64,)
+    """Most sequences that decode together: an optimization profile each, and the largest is the limit. TensorRT-RTX keeps the
+    weights once more for a profile of batch 1."""
+    chunk: int = 512
+    """Most prompt tokens a step."""
+    gpus: tuple[str, ...] = ()
+    """Compute capabilities to build for, as `8.9`; none stands for the GPU of the machine that builds."""
+    strip: bool = False
+    """Leave the weights out of the plan; they are read from the ONNX beside it when it is loaded."""
 
     @property
     def name(self) -> str:
@@ -82,9 +106,27 @@ def checked(recipe: Recipe) -> Recipe:
     if len(set(names)) < len(names):
         raise ExportError(f"recipe {recipe.name!r} names a variant twice ({', '.join(names)}); name each once")
     for build in recipe.variants:
-        if build.target != "cpu" or build.precision not in ("fp32", "int8", "int4"):
-            raise ExportError(f"variant {build.name!r} cannot be built yet: target cpu has the precisions fp32, int8 and int4")
+        _check(build)
     return recipe
+
+
+def _check(build: Build) -> None:
+    precisions = PRECISIONS[build.target]
+    if build.precision not in precisions:
+        raise ExportError(f"target {build.target} has no precision {build.precision}; it has {', '.join(precisions)}")
+    plain = Build(build.target, build.precision)
+    if build.target not in _PLANS and build != plain:
+        raise ExportError(
+            f"variant {build.name!r}: context, batches, chunk, gpus and strip are for {' and '.join(_PLANS)}; a graph for "
+            f"{build.target} takes any shape"
+        )
+    if not build.batches or min(*build.batches, build.chunk, 1 if build.context is None else build.context) < 1:
+        raise ExportError(
+            f"variant {build.name!r}: context, batches and chunk are numbers from 1 on, and at least one batch is named"
+        )
+    for gpu in build.gpus:
+        if not _CAPABILITY.fullmatch(gpu):
+            raise ExportError(f"variant {build.name!r}: {gpu!r} is no compute capability; write it as 8.9")
 
 
 def of(model: str, name: str | None, revision: str | None, variants: tuple[Build, ...]) -> Recipe:

@@ -3,6 +3,11 @@
 The order is transformers' and vLLM's: temperature, top-k, top-p over what top-k left, min-p. A token is then drawn by
 inverting the cumulative distribution at a number in [0, 1) that the caller gives, so the graph keeps no random state and a
 row's draw depends on nothing but its own inputs.
+
+On a CPU all of it is part of the model's graph, with branches around what a step does not need. A GPU replays recorded work,
+which cannot branch: there the model's graph takes the most likely token (`append_choice`), and what draws another one is a
+graph of its own (`sampling_graph`), which is run when a row wants it. It finds thresholds by dividing the range of
+log-probabilities again and again, and sorts nothing.
 """
 
 from typing import Any
@@ -13,7 +18,7 @@ from onnx_ir.passes.common import InlinePass
 from onnxscript import opset23, script
 from onnxscript.values import Opset
 
-from export.graph import constant
+from export.graph import constant, tidy
 
 DOMAIN = "engineshed"
 _domain = Opset(DOMAIN, 1)
@@ -23,6 +28,11 @@ CANDIDATES = 256
 """Most likely tokens that are sorted first; only a row that needs more has its whole vocabulary sorted."""
 BLOCK = 256
 """Tokens whose probability is summed at a time when the cumulative distribution is inverted, or whose maximum is found."""
+
+FLOOR = -104.0
+"""The logarithm below which a float32 weight is 0."""
+WAYS, PASSES = 4, 15
+"""A threshold's range is divided by `WAYS`, `PASSES` times: to 1e-7, a float32's own distance from the next one near 1."""
 
 INPUTS = {
     "temperature": ir.DataType.FLOAT,
@@ -97,6 +107,76 @@ def Largest(logits, blocks_shape, padding):  # type: ignore[no-untyped-def]
 
 
 @script(_domain, default_opset=op)
+def Choose(logits, forced, free):  # type: ignore[no-untyped-def]
+    """The tokens [rows], `free` where `forced` is negative, and their log-probabilities [rows]."""
+    one = op.Constant(value_ints=[1])
+    tokens = op.Where(op.Less(forced, op.Constant(value_ints=[0])), free, forced)
+    # LogSoftmax takes an eighth of the time of ReduceLogSumExp in ONNX Runtime's CPU provider.
+    logprobs = op.Squeeze(op.GatherElements(op.LogSoftmax(logits, axis=-1), op.Unsqueeze(tokens, one), axis=1), one)
+    return tokens, logprobs
+
+
+@script(_domain, default_opset=op)
+def Weigh(logits, temperature):  # type: ignore[no-untyped-def]
+    """Weights [rows, vocab] at `temperature`, of the most likely token 1, and their logarithms down to `FLOOR`."""
+    one = op.Constant(value_ints=[1])
+    hot = op.Greater(temperature, op.Constant(value_floats=[0.0]))
+    divisor = op.Unsqueeze(op.Where(hot, temperature, op.Constant(value_floats=[1.0])), one)
+    scaled = op.Div(logits, divisor)
+    logarithms = op.Sub(scaled, op.ReduceMax(scaled, one, keepdims=1))
+    return op.Exp(logarithms), op.Max(logarithms, op.Constant(value_floats=[-104.0]))
+
+
+@script(_domain, default_opset=op)
+def Narrow(logarithms, amounts, wanted, low, width, fractions):  # type: ignore[no-untyped-def]
+    """The part of [low, low + width) in which the largest cut lies above which `amounts` sum up to `wanted` [rows, 1].
+
+    `low` [rows, 1] and `width` [1] say where the cut is known to lie, `fractions` [ways - 1] where the range is divided.
+    """
+    cuts = op.Add(low, op.Mul(fractions, width))
+    above = op.GreaterOrEqual(
+        op.Unsqueeze(logarithms, op.Constant(value_ints=[1])), op.Unsqueeze(cuts, op.Constant(value_ints=[2]))
+    )
+    kept = op.Where(above, op.Unsqueeze(amounts, op.Constant(value_ints=[1])), op.Constant(value_floats=[0.0]))
+    sums = op.ReduceSum(kept, op.Constant(value_ints=[2]), keepdims=0)
+    enough = op.Cast(op.GreaterOrEqual(sums, wanted), to=1)
+    part = op.Gather(fractions, op.Constant(value_ints=[0]))
+    narrow = op.Mul(width, part)
+    return op.Add(low, op.Mul(op.ReduceSum(enough, op.Constant(value_ints=[1]), keepdims=1), narrow)), narrow
+
+
+@script(_domain, default_opset=op)
+def Least(logarithms, weights, cut):  # type: ignore[no-untyped-def]
+    """The smallest of `weights` [rows, 1] whose logarithm is not below `cut`."""
+    above = op.GreaterOrEqual(logarithms, cut)
+    return op.ReduceMin(op.Where(above, weights, op.Constant(value_floats=[1.0])), op.Constant(value_ints=[1]), keepdims=1)
+
+
+@script(_domain, default_opset=op)
+def Kept(weights, least, top_p):  # type: ignore[no-untyped-def]
+    """What top-p wants [rows, 1] of the weights that are not below `least`."""
+    above = op.GreaterOrEqual(weights, least)
+    total = op.ReduceSum(op.Where(above, weights, op.Constant(value_floats=[0.0])), op.Constant(value_ints=[1]), keepdims=1)
+    return op.Mul(op.Unsqueeze(top_p, op.Constant(value_ints=[1])), total)
+
+
+@script(_domain, default_opset=op)
+def Draw(  # type: ignore[no-untyped-def]
+    weights, least, top_p_least, top_k, top_p, min_p, uniform, temperature, best, vocab, blocks_shape, padding
+):
+    """The token [rows] at `uniform` of the weights that top-k (`least`), top-p and min-p keep; `best` at temperature 0."""
+    one, nothing = op.Constant(value_ints=[1]), op.Constant(value_floats=[0.0])
+    limited = op.Greater(op.Unsqueeze(top_k, one), op.Constant(value_ints=[0]))
+    whole = op.GreaterOrEqual(op.Unsqueeze(top_p, one), op.Constant(value_floats=[1.0]))
+    cut = op.Max(op.Where(limited, least, nothing), op.Where(whole, nothing, top_p_least), op.Unsqueeze(min_p, one))
+    kept = op.Where(op.GreaterOrEqual(weights, cut), weights, nothing)
+    drawn = op.Min(Invert(op.Reshape(op.Pad(kept, padding), blocks_shape), uniform), op.Sub(vocab, one))
+    # Rounding can carry the index past the last kept token; the most likely one is always kept.
+    weight = op.Squeeze(op.GatherElements(kept, op.Unsqueeze(drawn, one), axis=1), one)
+    return op.Where(op.And(op.Greater(temperature, nothing), op.Greater(weight, nothing)), drawn, best)
+
+
+@script(_domain, default_opset=op)
 def Sample(  # type: ignore[no-untyped-def]
     logits, temperature, top_k, top_p, min_p, uniform, forced, candidates, vocab, blocks_shape, padding
 ):
@@ -126,10 +206,11 @@ def Sample(  # type: ignore[no-untyped-def]
         free = op.Where(valid, drawn, best)
     else:
         free = op.Identity(best)
-    tokens = op.Where(op.Less(forced, op.Constant(value_ints=[0])), free, forced)
-    # LogSoftmax takes an eighth of the time of ReduceLogSumExp in ONNX Runtime's CPU provider.
-    logprobs = op.Squeeze(op.GatherElements(op.LogSoftmax(logits, axis=-1), op.Unsqueeze(tokens, one), axis=1), one)
+    tokens, logprobs = Choose(logits, forced, free)
     return tokens, logprobs
+
+
+_FUNCTIONS = (Threshold, Invert, Largest, Choose, Sample, Weigh, Narrow, Least, Kept, Draw)
 
 
 def append_sampler(model: ir.Model, vocab: int) -> None:
@@ -139,25 +220,113 @@ def append_sampler(model: ir.Model, vocab: int) -> None:
     """
     graph = model.graph
     logits = graph.outputs[0]
-    rows = ir.Shape(["rows"])
-    inputs = [ir.Value(name=name, shape=rows, type=ir.TensorType(dtype)) for name, dtype in INPUTS.items()]
+    inputs = _inputs(INPUTS)
     graph.inputs.extend(inputs)
+    candidates = constant(graph, "sampler.candidates", np.array([min(CANDIDATES, vocab)]))
+    tokens, logprobs = _call(graph, "Sample", [logits, *inputs, candidates, _vocab(graph, vocab), *_blocks(graph, vocab)], 2)
+    graph.outputs[0:1] = _described(tokens, logprobs)
+    _inline(model)
+
+
+def append_choice(model: ir.Model, vocab: int) -> None:
+    """Put the outputs `tokens` int64 and `logprobs` float32, both [rows], before `model`'s output `logits` [rows, vocab].
+
+    Adds the input `forced` of `INPUTS`; where it is negative the most likely token is taken. No row has a temperature here.
+    """
+    graph = model.graph
+    logits = graph.outputs[0]
+    logits.name = "logits"
+    (forced,) = _inputs({"forced": INPUTS["forced"]})
+    graph.inputs.append(forced)
+    (best,) = _call(graph, "Largest", [logits, *_blocks(graph, vocab)], 1)
+    tokens, logprobs = _call(graph, "Choose", [logits, forced, best], 2)
+    graph.outputs[0:0] = _described(tokens, logprobs)
+    _inline(model)
+
+
+def sampling_graph(vocab: int) -> ir.Model:
+    """From `logits` [rows, vocab] float32 and `INPUTS` to `tokens` and `logprobs`, without a branch and without sorting."""
+    logits = ir.Value(name="logits", shape=ir.Shape(["rows", vocab]), type=ir.TensorType(ir.DataType.FLOAT))
+    inputs = _inputs(INPUTS)
+    temperature, top_k, top_p, min_p, uniform, forced = inputs
+    graph = ir.Graph([logits, *inputs], [], nodes=[], opset_imports={"": op.version}, name="sampling")
+    model = ir.Model(graph, ir_version=10)
+    weights, logarithms = _call(graph, "Weigh", [logits, temperature], 2)
+    (ones,) = _insert(
+        graph, "ConstantOfShape", [_insert(graph, "Shape", [logits])[0]], {"value": ir.tensor(np.ones(1, np.float32))}
+    )
+    (wanted,) = _insert(graph, "Cast", [_column(graph, top_k)], {"to": ir.DataType.FLOAT})
+    (least,) = _call(graph, "Least", [logarithms, weights, _cut(graph, logarithms, ones, wanted)], 1)
+    (limited,) = _insert(graph, "Greater", [_column(graph, top_k), constant(graph, "sampler.nothing", np.array([0]))])
+    (floor,) = _insert(graph, "Where", [limited, least, constant(graph, "sampler.zero", np.zeros(1, np.float32))])
+    (mass,) = _call(graph, "Kept", [weights, floor, top_p], 1)
+    (top_p_least,) = _call(graph, "Least", [logarithms, weights, _cut(graph, logarithms, weights, mass)], 1)
+    (best,) = _call(graph, "Largest", [logits, *_blocks(graph, vocab)], 1)
+    settings = [top_k, top_p, min_p, uniform, temperature]
+    arguments = [weights, least, top_p_least, *settings, best, _vocab(graph, vocab), *_blocks(graph, vocab)]
+    (free,) = _call(graph, "Draw", arguments, 1)
+    tokens, logprobs = _call(graph, "Choose", [logits, forced, free], 2)
+    graph.outputs.extend(_described(tokens, logprobs))
+    _inline(model)
+    tidy(model)
+    return model
+
+
+def _cut(graph: ir.Graph, logarithms: ir.Value, amounts: ir.Value, wanted: ir.Value) -> ir.Value:
+    """The largest cut [rows, 1] such that the `amounts` whose logarithm is not below it sum up to `wanted` [rows, 1]."""
+    (zeros,) = _insert(graph, "Mul", [wanted, constant(graph, "sampler.zero", np.zeros(1, np.float32))])
+    (low,) = _insert(graph, "Add", [zeros, constant(graph, "sampler.floor", np.array([FLOOR], np.float32))])
+    width = constant(graph, "sampler.width", np.array([-FLOOR * (1 + 2.0**-10)], np.float32))
+    fractions = constant(graph, "sampler.fractions", (np.arange(1, WAYS) / WAYS).astype(np.float32))
+    for _ in range(PASSES):
+        low, width = _call(graph, "Narrow", [logarithms, amounts, wanted, low, width, fractions], 2)
+    return low
+
+
+def _inputs(kinds: dict[str, ir.DataType]) -> list[ir.Value]:
+    return [ir.Value(name=name, shape=ir.Shape(["rows"]), type=ir.TensorType(dtype)) for name, dtype in kinds.items()]
+
+
+def _vocab(graph: ir.Graph, vocab: int) -> ir.Value:
+    return constant(graph, "sampler.vocab", np.array([vocab]))
+
+
+def _blocks(graph: ir.Graph, vocab: int) -> list[ir.Value]:
+    """The shape of `vocab` numbers a row in whole blocks, and the padding that makes them whole."""
     blocks = -(-vocab // BLOCK)
-    constants = [
-        constant(graph, "sampler.candidates", np.array([min(CANDIDATES, vocab)])),
-        constant(graph, "sampler.vocab", np.array([vocab])),
+    return [
         constant(graph, "sampler.blocks", np.array([-1, blocks, BLOCK])),
         constant(graph, "sampler.padding", np.array([0, 0, 0, blocks * BLOCK - vocab])),
     ]
-    node = ir.Node(DOMAIN, "Sample", [logits, *inputs, *constants], num_outputs=2, name="sampler")
-    tokens, logprobs = node.outputs
+
+
+def _column(graph: ir.Graph, row: ir.Value) -> ir.Value:
+    return _insert(graph, "Unsqueeze", [row, constant(graph, "sampler.one", np.array([1]))])[0]
+
+
+def _insert(graph: ir.Graph, op_type: str, inputs: list[ir.Value], attributes: dict[str, Any] | None = None) -> list[ir.Value]:
+    node = ir.node(op_type, inputs, attributes)
+    graph.append(node)
+    return list(node.outputs)
+
+
+def _call(graph: ir.Graph, function: str, inputs: list[ir.Value], outputs: int) -> list[ir.Value]:
+    node = ir.Node(DOMAIN, function, inputs, num_outputs=outputs)
+    graph.append(node)
+    return list(node.outputs)
+
+
+def _described(tokens: ir.Value, logprobs: ir.Value) -> list[ir.Value]:
+    rows = ir.Shape(["rows"])
     tokens.name, tokens.shape, tokens.type = "tokens", rows, ir.TensorType(ir.DataType.INT64)
     logprobs.name, logprobs.shape, logprobs.type = "logprobs", rows, ir.TensorType(ir.DataType.FLOAT)
-    graph.append(node)
-    graph.outputs[0:1] = [tokens, logprobs]
-    for function in (Threshold, Invert, Largest, Sample):
-        proto = function.to_function_proto()
-        loaded = ir.serde.deserialize_function(proto)
+    return [tokens, logprobs]
+
+
+def _inline(model: ir.Model) -> None:
+    """Put the bodies of this module's functions in the places of their calls."""
+    for function in _FUNCTIONS:
+        loaded = ir.serde.deserialize_function(function.to_function_proto())
         model.functions[loaded.identifier()] = loaded
     model.opset_imports[DOMAIN] = 1
     InlinePass()(model)

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from export.attention import NAME, speaking_to
-from export.cache import Layer, SlotCache, Step
+from export.cache import Dialect, Layer, SlotCache, Step
 from export.errors import UnsupportedModel
 
 
@@ -28,8 +28,9 @@ class Survey:
 class StepModule(torch.nn.Module):
     """`model` as the step contract wants it; see docs/design.md for the contract's inputs and outputs."""
 
-    def __init__(self, model: PreTrainedModel, survey: Survey) -> None:
+    def __init__(self, model: PreTrainedModel, survey: Survey, dialect: Dialect = "onnxruntime") -> None:
         super().__init__()
+        self.dialect = dialect
         self.model = model
         self.survey = survey
         parameters = inspect.signature(model.forward).parameters
@@ -55,6 +56,7 @@ class StepModule(torch.nn.Module):
             {layer.index: key for layer, key in zip(layers, keys, strict=True)},
             {layer.index: value for layer, value in zip(layers, values, strict=True)},
             {layer.index: layer for layer in layers},
+            self.dialect,
         )
         with _RealIndexing():
             logits = self.run(input_ids, cache, logit_rows)

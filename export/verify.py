@@ -17,6 +17,8 @@ CHUNK = 16
 """Prompt tokens a step: small, so that every prompt but the shortest is prefilled in several."""
 TIE = 1e-4
 """Two logits closer than this share of the row's spread are a tie, which rounding decides."""
+TIES = {"fp32": TIE, "fp16": 3e-3, "bf16": 2e-2}
+"""The same by precision, for those that are to agree everywhere: a logit is the sum of products rounded to 11 or 8 bits."""
 WINDOW = 1024
 """Tokens that perplexity conditions on at the most: the text is read in windows of this length."""
 
@@ -71,7 +73,7 @@ def continue_prompts(engine: Engine, prompts: list[list[int]], count: int = TOKE
 
 
 @torch.no_grad()
-def compare(model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]]) -> Agreement:
+def compare(model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]], tie: float = TIE) -> Agreement:
     """Judge each token of `answers` by one plain forward pass of `model` over the prompt and the answer before it."""
     compared = equal = ties = 0
     first = ""
@@ -83,7 +85,7 @@ def compare(model: PreTrainedModel, prompts: list[list[int]], answers: list[list
             best, where = logits.max(-1)
             gap = (best - chosen) / (best - logits.min(-1).values).clamp(min=1e-30)
             same = where == torch.tensor(answer)
-            tied = ~same & (gap < TIE)
+            tied = ~same & (gap < tie)
             compared, equal, ties = compared + len(answer), equal + int(same.sum()), ties + int(tied.sum())
             wrong = torch.nonzero(~same & ~tied)
             if len(wrong) and not first:

@@ -18,7 +18,9 @@ TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 
 Target = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
+DEVICE_TARGETS: dict[str, tuple[Target, ...]] = {"cpu": ("cpu",), "cuda": ("tensorrt", "tensorrt-rtx", "cuda")}
+"""By a device's kind: the targets whose variants run on it, the ones that are taken first in front."""
 
 
 class BundleError(Exception):
@@ -78,6 +80,35 @@ class Perplexity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reference: float
 
 
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The shapes that one optimization profile of a plan takes; the least of each is 1."""
+
+    max_batch: int
+    max_seq: int
+    max_rows: int
+    """Logit rows of a step."""
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a TensorRT plan was built with and for; it runs nowhere else."""
+
+    builder: Literal["tensorrt", "tensorrt-rtx"]
+    version: str
+    """The builder's, which must be the runtime's as well."""
+    compute_capabilities: tuple[str, ...]
+    """Of the GPUs that it runs on, as `8.9`."""
+    capacity: int
+    """Rows of a KV slot."""
+    profiles: tuple[Profile, ...]
+    """In the plan's order; the first one that a step fits serves it."""
+    stripped: bool
+    """The plan holds no weights: they are put in from `source` when it is loaded."""
+    source: str
+    """Path of the ONNX file that `Variant.model` was built from."""
+    sampler_source: str
+    """Path of the ONNX file that `Variant.sampler` was built from."""
+
+
 class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One engine: the model compiled for a target at a precision."""
 
@@ -97,7 +128,10 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     opset: int = 24
     step_bytes: int = 0
     """Bytes of weights that a step of one token reads; 0 where it is not known."""
-    gpu: str | None = None
+    sampler: str | None = None
+    """Path of the graph or plan that draws tokens from logits; None where `model` itself does."""
+    plan: Plan | None = None
+    """Where `model` is a TensorRT plan."""
     verification: Verification | None = None
     perplexity: Perplexity | None = None
 
@@ -142,12 +176,41 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
 
     def served(self, variant: Variant) -> tuple[File, ...]:
         """The files that serving `variant` reads."""
-        return (*self.files, *variant.files)
+        if variant.plan is None or variant.plan.stripped:
+            return (*self.files, *variant.files)
+        return (*self.files, *(file for file in variant.files if file.path in (variant.model, variant.sampler)))
+
+    def longest(self, variant: Variant) -> int:
+        """Tokens that a slot of `variant` can hold, prompt and answer together."""
+        return self.max_length if variant.plan is None else min(self.max_length, variant.plan.capacity - 1)
 
     @property
     def tokenizer(self) -> str | None:
         """The tokenizer's SHA-256, by which two bundles' can be compared."""
         return next((file.sha256 for file in self.files if file.path == TOKENIZER), None)
+
+    def for_device(self, kind: Literal["cpu", "cuda"], name: str | None = None) -> Variant:
+        """The variant called `name`, or the best for a device of that kind; raises BundleError with what there is.
+
+        A GPU prefers a plan to a graph; among variants for one target the smallest is taken.
+        """
+        if name is not None:
+            variant = self.variant(name)
+            if variant.target not in DEVICE_TARGETS[kind]:
+                raise BundleError(
+                    f"variant {name!r} of bundle {self.name!r} is for {variant.target}, which a device of kind {kind!r} does "
+                    f"not run; take another device, or one of {', '.join(v.name for v in self._fitting(kind)) or 'no variant'}"
+                )
+            return variant
+        fitting = self._fitting(kind)
+        if not fitting:
+            return self.variant(target=DEVICE_TARGETS[kind][-1])  # which says what is missing
+        return fitting[0]
+
+    def _fitting(self, kind: Literal["cpu", "cuda"]) -> list[Variant]:
+        targets = DEVICE_TARGETS[kind]
+        fitting = [variant for variant in self.variants if variant.target in targets]
+        return sorted(fitting, key=lambda variant: (targets.index(variant.target), variant.size))
 
     def variant(self, name: str | None = None, target: Target = "cpu") -> Variant:
         """The variant called `name`, or the smallest one for `target`; raises BundleError with the names there are."""
@@ -188,9 +251,12 @@ def read(folder: Path) -> Bundle:
     for file in _files(bundle):
         _check_present(folder, file)
     for variant in bundle.variants:
-        if variant.model not in {file.path for file in variant.files}:
+        plan = variant.plan
+        needed = [variant.model, variant.sampler, *((plan.source, plan.sampler_source) if plan is not None else ())]
+        missing = set(filter(None, needed)) - {file.path for file in variant.files}
+        if missing:
             raise BundleError(
-                f"{path}: variant {variant.name!r} runs {variant.model!r}, which is not among its files; export the model again"
+                f"{path}: variant {variant.name!r} needs {min(missing)!r}, which is not among its files; export the model again"
             )
     return bundle
 

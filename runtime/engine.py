@@ -69,9 +69,17 @@ class Engine(Protocol):
     """By how much each further row makes it longer; both as shares of a step with one row."""
     step_cost: float
     """How long a step with one row takes, in a unit that is the same for all engines of a machine."""
+    chunk: int
+    """Prompt tokens that a step should take, at most."""
+    runs_ahead: bool
+    """The engine makes use of `ahead`."""
 
-    def step(self, batch: Batch) -> tuple[Int64, Float32]:
-        """Write the new tokens' keys and values, choose tokens: (token ids [rows], log-probabilities [rows])."""
+    def step(self, batch: Batch, ahead: Draw | None = None) -> tuple[Int64, Float32]:
+        """Write the new tokens' keys and values, choose tokens: (token ids [rows], log-probabilities [rows]).
+
+        `ahead` says that the same rows will most likely be decoded once more, with these draws: an engine that runs ahead begins
+        with that step before it hands this one's tokens out. When another step is asked for instead, its outcome is dropped.
+        """
         ...
 
     def copy(self, source: int, target: int, length: int) -> None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from runtime.draft import Drafter
-from runtime.engine import Batch, Engine
+from runtime.engine import Batch, Draw, Engine
 from runtime.messages import Finish, Generate, Refused, Row
 from runtime.pace import Pace
 from runtime.sampling import draw
@@ -21,10 +21,8 @@ from runtime.speculation import Lookup, Plan, worthwhile
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PREFILL_CHUNK = 128
-"""Prompt tokens a step, at most: between two steps the loop takes what has arrived."""
-PREFILL_BUDGET = 256
-"""Prompt tokens after which the running streams get their next token, at most."""
+BUDGET_CHUNKS = 2
+"""Steps full of prompt tokens after which the running streams get their next token, at most."""
 _TILE = 16
 
 
@@ -61,13 +59,13 @@ class Loop:
         engine: Engine,
         *,
         queue: int,
-        prefill_budget: int = PREFILL_BUDGET,
+        prefill_budget: int | None = None,
         speculation: bool = True,
         drafter: Drafter | None = None,
     ) -> None:
         self.engine = engine
         self.queue = queue
-        self.prefill_budget = prefill_budget
+        self.prefill_budget = BUDGET_CHUNKS * engine.chunk if prefill_budget is None else prefill_budget
         self.speculation = speculation
         self.drafter = drafter
         self.counters = Counters()
@@ -161,7 +159,7 @@ class Loop:
                 self._start(self._waiting.popleft())
             sequence = self.slots.prefilling
             assert sequence is not None
-            chunk = _chunk(sequence.prompt_left, min(max(budget, _TILE), PREFILL_CHUNK))
+            chunk = _chunk(sequence.prompt_left, min(max(budget, _TILE), self.engine.chunk))
             budget -= chunk
             news += self._prefill_chunk(sequence, chunk)
         return news
@@ -210,13 +208,23 @@ class Loop:
             logit_rows=np.array([s.slot for s in sequences], np.int64),
             draw=draw([(s, 0) for s in sequences]),
         )
-        outcome = self._run(batch, sequences)
+        outcome = self._run(batch, sequences, self._ahead(rows, sequences))
         if isinstance(outcome, list):
             return outcome
         self._pace.decoded(time.perf_counter() - start)
         for sequence in sequences:  # before the first of them ends and others take its slot
             sequence.computed = sequence.length
         return [self._take(sequence, [token], [logprob]) for sequence, token, logprob in zip(sequences, *outcome, strict=True)]
+
+    def _ahead(self, rows: list[Sequence], sequences: list[Sequence]) -> Draw | None:
+        """The draws of the next decode step, where it is likely to be for the same rows; None where it is not."""
+        if not self.engine.runs_ahead or len(rows) != len(sequences) or len(rows) != len(self.slots.decoding):
+            return None
+        if self.slots.prefilling is not None or (self._waiting and self.slots.free):
+            return None
+        if any(s.length + 1 >= self.engine.context or len(s.tokens) + 1 >= s.request.max_tokens for s in rows):
+            return None
+        return draw([(s, 1) for s in rows])
 
     # Guesses -------------------------------------------------------------------------------------------------------
 
@@ -291,11 +299,11 @@ class Loop:
             self.drafter = None
             return None
 
-    def _run(self, batch: Batch, sequences: list[Sequence]) -> tuple[list[int], list[float]] | list[News]:
+    def _run(self, batch: Batch, sequences: list[Sequence], ahead: Draw | None = None) -> tuple[list[int], list[float]] | list[News]:
         """The engine's tokens and log-probabilities; or, when it failed, the end of every sequence that took part."""
         start = time.perf_counter()
         try:
-            tokens, logprobs = self.engine.step(batch)
+            tokens, logprobs = self.engine.step(batch, ahead)
         except Exception as error:  # whatever the runtime raised concerns these sequences, and the others go on
             log.exception("the engine failed on a step of %d rows", len(sequences))
             self.slots.forget()

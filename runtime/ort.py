@@ -21,6 +21,8 @@ _ROW_COST = {"fp32": 0.06, "int8": 0.13, "int4": 0.13}
 _BYTE_COST = {"fp32": 1.0, "int8": 1.3, "int4": 2.0}
 """By precision, as measured on x86-64 with AVX-512: a step in float32 takes the time of reading the weights, in which more
 rows are nearly free; quantized products are bound by arithmetic already at one row, and read other weights for several."""
+CHUNK = 128
+"""Prompt tokens of a step: a larger one gains nothing on a CPU, and between two steps the loop takes what has arrived."""
 _KV_TYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16}
 
 
@@ -37,6 +39,7 @@ class OrtEngine:
         if variant.kv_dtype not in _KV_TYPES:
             raise EngineError(f"variant {variant.name!r} keeps its cache in {variant.kv_dtype}, which the CPU does not serve")
         self.slots, self.context, self.vocab_size = slots, context, vocab_size
+        self.chunk, self.runs_ahead = CHUNK, False
         self.many_cost = _MANY_COST.get(variant.precision, 0.2)
         self.row_cost = _ROW_COST.get(variant.precision, 0.13)
         self.step_cost = _BYTE_COST.get(variant.precision, 2.0) * (variant.step_bytes or variant.size)
@@ -58,7 +61,7 @@ class OrtEngine:
         self._tokens = np.zeros(slots, np.int64)
         self._logprobs = np.zeros(slots, np.float32)
 
-    def step(self, batch: Batch) -> tuple[Int64, Float32]:
+    def step(self, batch: Batch, ahead: Draw | None = None) -> tuple[Int64, Float32]:
         """See `runtime.engine.Engine.step`; the arrays returned are valid until the next step. Raises EngineError."""
         count, seq = batch.input_ids.shape
         rows = len(batch.logit_rows)
@@ -66,11 +69,13 @@ class OrtEngine:
             self._tokens, self._logprobs = np.zeros(rows, np.int64), np.zeros(rows, np.float32)
         binding = self._binding(batch.first_slot, count)
         positions = batch.kv_lengths.astype(np.int64)[:, None] - seq + np.arange(seq)
+        longest = np.asarray(batch.kv_lengths.max())
         feeds: dict[str, npt.NDArray[np.generic]] = {
             "input_ids": batch.input_ids,
             "position_ids": positions,
             "kv_lengths": batch.kv_lengths,
-            "kv_range": self._kv_range[: batch.kv_lengths.max()],
+            "kv_range": self._kv_range[:longest],
+            "kv_longest": longest,
             "logit_rows": batch.logit_rows,
             **_draw_feeds(batch.draw),
         }

@@ -6,16 +6,18 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import zmq
 
-from runtime import messages, ort
-from runtime.bundle import Bundle, BundleError, read
+from runtime import devices, messages
+from runtime.bundle import Bundle, BundleError, Variant, read
+from runtime.devices import DeviceError
 from runtime.draft import Drafter
 from runtime.engine import Engine, EngineError
-from runtime.loop import PREFILL_BUDGET, Loop, News
+from runtime.loading import CPU_SLOTS, GPU_MEMORY, MOST_SLOTS, Placement, default_cache, start
+from runtime.loop import Loop, News
 from runtime.messages import Attach, Cancel, Generate, Heartbeat, Progress, Ready
 
 log = logging.getLogger("engineshed.worker")
@@ -119,22 +121,40 @@ class Worker:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="runtime.worker", description="Run one engine and serve it on a ZeroMQ socket.")
     parser.add_argument("--bundle", type=Path, required=True, help="folder of the engine bundle")
-    parser.add_argument("--variant", help="variant to run, as cpu-int4 (default: the smallest for the cpu)")
-    parser.add_argument("--slots", type=int, default=8, help="requests that decode at the same time (default 8)")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda:N (default cpu)")
+    parser.add_argument("--variant", help="variant to run, as cpu-int4 (default: the best for the device)")
+    parser.add_argument(
+        "--slots",
+        type=int,
+        help=f"requests that decode together (default {CPU_SLOTS}; on a GPU what its memory holds, at most {MOST_SLOTS})",
+    )
     parser.add_argument("--context", type=int, help="tokens a slot holds (default: what the model was made for)")
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait for a slot (default 64)")
-    parser.add_argument("--prefill-budget", type=int, default=PREFILL_BUDGET, help="prompt tokens between two decode steps")
+    parser.add_argument("--prefill-budget", type=int, help="prompt tokens between two decode steps (default: two full steps)")
     parser.add_argument("--no-speculation", action="store_true", help="never guess tokens to verify several in one step")
     parser.add_argument("--draft", type=Path, help="folder of a smaller model's bundle with the same tokenizer, to guess with")
-    parser.add_argument("--draft-variant", help="variant of it (default: the smallest for the cpu)")
-    parser.add_argument("--threads", type=int, default=0, help="threads of the engine (default: all cores)")
+    parser.add_argument("--draft-variant", help="variant of it (default: the best for the device)")
+    parser.add_argument("--threads", type=int, default=0, help="threads of an engine on the CPU (default: all cores)")
+    parser.add_argument(
+        "--gpu-memory", type=float, default=GPU_MEMORY, help=f"share of a GPU's memory to take at most (default {GPU_MEMORY})"
+    )
+    parser.add_argument(
+        "--provider",
+        choices=["cuda", "tensorrt", "tensorrt-rtx"],
+        default="cuda",
+        help="ONNX Runtime's provider that runs a variant for cuda (default cuda)",
+    )
+    parser.add_argument("--build-on-load", action="store_true", help="build a plan that is for another GPU or TensorRT anew")
+    parser.add_argument(
+        "--cache", type=Path, default=default_cache(), help="folder for what is built on load (default %(default)s)"
+    )
     parser.add_argument("--socket", required=True, help="ZeroMQ address to bind, as ipc:///run/engine.sock")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser.parse_args()
 
 
-def _drafter(arguments: argparse.Namespace, manifest: Bundle, engine: Engine) -> Drafter | None:
-    """The draft engine of `--draft`, if there is one. Raises BundleError or EngineError."""
+def _draft(arguments: argparse.Namespace, manifest: Bundle, place: Placement) -> tuple[Bundle, Variant] | None:
+    """The bundle of `--draft` and its variant, if there is one. Raises BundleError."""
     if arguments.draft is None or arguments.no_speculation:
         return None
     draft = read(arguments.draft)
@@ -143,9 +163,29 @@ def _drafter(arguments: argparse.Namespace, manifest: Bundle, engine: Engine) ->
             f"bundle {draft.name!r} has another tokenizer than {manifest.name!r}, so it cannot draft for it; "
             "take a smaller model of the same family"
         )
-    variant = draft.variant(arguments.draft_variant)
-    slots, context = engine.slots, engine.context
-    return Drafter(ort.start(arguments.draft, draft, variant, slots=slots, context=context, threads=arguments.threads), engine)
+    return draft, draft.for_device(place.device.kind, arguments.draft_variant)
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Bundle, Variant, Engine, Drafter | None]:
+    """The engine that the command line asks for, and the one that guesses for it. Raises what `loading.start` does."""
+    place = Placement(
+        device=devices.parse(arguments.device),
+        slots=arguments.slots,
+        context=arguments.context,
+        threads=arguments.threads,
+        gpu_memory=arguments.gpu_memory,
+        provider=arguments.provider,
+        build_on_load=arguments.build_on_load,
+        cache=arguments.cache,
+    )
+    manifest = read(arguments.bundle)
+    variant = manifest.for_device(place.device.kind, arguments.variant)
+    guessing = _draft(arguments, manifest, place)
+    engine = start(arguments.bundle, manifest, variant, place, beside=None if guessing is None else guessing[1])
+    if guessing is None:
+        return manifest, variant, engine, None
+    alike = replace(place, slots=engine.slots, context=engine.context)
+    return manifest, variant, engine, Drafter(start(arguments.draft, *guessing, alike), engine)
 
 
 def main() -> int:
@@ -154,13 +194,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        manifest = read(arguments.bundle)
-        variant = manifest.variant(arguments.variant)
-        engine = ort.start(
-            arguments.bundle, manifest, variant, slots=arguments.slots, context=arguments.context, threads=arguments.threads
-        )
-        drafter = _drafter(arguments, manifest, engine)
-    except (BundleError, EngineError) as error:
+        manifest, variant, engine, drafter = _load(arguments)
+    except (BundleError, DeviceError, EngineError) as error:
         print(f"engineshed: {error}", file=sys.stderr)
         return BAD_BUNDLE
     ready = Ready(

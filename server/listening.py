@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import uvloop
@@ -11,10 +11,10 @@ from aiohttp import web
 from yarl import URL
 
 from runtime.bundle import Bundle, Variant
-from runtime.messages import Ready
 from runtime.text import Text
 from server import app
 from server.process import EngineProcess, ServeError
+from server.replicas import Replicas, in_flight
 from server.service import Service
 from server.workers import Worker
 
@@ -34,30 +34,30 @@ def run(
     folder: Path,
     bundle: Bundle,
     variant: Variant,
-    command: Sequence[str],
-    first: EngineProcess,
+    processes: Mapping[str, EngineProcess],
     stops: Sequence[int],
 ) -> None:
     """Serve `variant` of the bundle in `folder` until SIGINT or SIGTERM, the first of which may be in `stops` by now.
 
-    Its engine is `first`, a running process of `command`, and after that one's death another. Raises BundleError, ServeError.
+    Its engines are `processes`, running ones by the names of their devices, and after the death of one another of its command.
+    Raises BundleError, ServeError.
     """
-    worker = Worker(command, first=first)
-    uvloop.run(_serve(host, port, Service(bundle, variant, Text.load(folder, bundle), worker), worker, stops))
+    workers = [Worker(process.command, device=device, first=process) for device, process in processes.items()]
+    uvloop.run(_serve(host, port, Service(bundle, variant, Text.load(folder, bundle), workers), workers, stops))
 
 
-async def _serve(host: str, port: int, service: Service, worker: Worker, stops: Sequence[int]) -> None:
+async def _serve(host: str, port: int, service: Service, workers: Sequence[Worker], stops: Sequence[int]) -> None:
     signals = _Signals(stops)
     runner = app.runner(app.build(service))
     await runner.setup()
     try:
         url = await _listen(runner, host, port)
-        async with worker:
-            await _until_stopped(url, worker, signals)
+        async with Replicas(workers) as replicas:
+            await _until_stopped(url, replicas, signals)
             service.draining = True
             for site in runner.sites:
                 await site.stop()
-            await _drain(worker, signals)
+            await _drain(workers, signals)
     finally:
         await runner.cleanup()
 
@@ -71,32 +71,31 @@ async def _listen(runner: web.AppRunner, host: str, port: int) -> URL:
     return URL.build(scheme="http", host=address[0], port=address[1])
 
 
-async def _until_stopped(url: URL, worker: Worker, signals: "_Signals") -> None:
-    async def watch() -> None:
-        _announce(url, await worker.loaded())
-        await worker.hopeless()
-
-    watching, asked = asyncio.create_task(watch()), asyncio.create_task(signals.asked.wait())
-    await asyncio.wait({watching, asked}, return_when=asyncio.FIRST_COMPLETED)
+async def _until_stopped(url: URL, replicas: Replicas, signals: "_Signals") -> None:
+    announcing = asyncio.create_task(_announce(url, replicas))
+    failing, asked = asyncio.create_task(replicas.hopeless()), asyncio.create_task(signals.asked.wait())
+    await asyncio.wait({failing, asked}, return_when=asyncio.FIRST_COMPLETED)
+    announcing.cancel()
     asked.cancel()
-    if watching.done():
-        watching.result()
-    watching.cancel()
+    if failing.done():
+        failing.result()
+    failing.cancel()
 
 
-async def _drain(worker: Worker, signals: "_Signals") -> None:
+async def _drain(workers: Sequence[Worker], signals: "_Signals") -> None:
     """Let the running answers finish, within the limit and unless a second signal came."""
     deadline = asyncio.get_running_loop().time() + DRAIN_SECONDS
-    if worker.client is not None and worker.client.in_flight:
-        log.info("stopping; %d answers get %.0f s to finish", worker.client.in_flight, DRAIN_SECONDS)
-    while worker.client is not None and worker.client.in_flight and not signals.hurry:
+    if in_flight(workers):
+        log.info("stopping; %d answers get %.0f s to finish", in_flight(workers), DRAIN_SECONDS)
+    while in_flight(workers) and not signals.hurry:
         if asyncio.get_running_loop().time() > deadline:
-            log.warning("ending %d answers that did not finish in time", worker.client.in_flight)
+            log.warning("ending %d answers that did not finish in time", in_flight(workers))
             return
         await asyncio.sleep(0.02)
 
 
-def _announce(url: URL, ready: Ready) -> None:
+async def _announce(url: URL, replicas: Replicas) -> None:
+    ready = await replicas.loaded()
     log.info("ready at %s with %s (%s): %d slots of %d tokens", url, ready.model, ready.variant, ready.slots, ready.context)
     log.info('try: curl -N %s -d \'{"prompt": "The capital of France is", "max_tokens": 32}\'', url / "v1/generate")
 

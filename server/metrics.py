@@ -1,6 +1,6 @@
 """What Prometheus reads at `/metrics`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -12,10 +12,12 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily as CounterFamily
+from prometheus_client.core import GaugeMetricFamily as GaugeFamily
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from server.engine_client import EngineSource
+from server.replicas import Replica
 
 FIRST_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30, 60)
 INTER_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
@@ -24,9 +26,12 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
 class Metrics:
-    """One server's counters, in a registry of their own."""
+    """One server's counters, in a registry of their own.
 
-    def __init__(self, engine: EngineSource) -> None:
+    With several `replicas`, each one's own numbers are samples with the label `device`.
+    """
+
+    def __init__(self, replicas: Sequence[Replica]) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "engineshed_requests",
@@ -49,7 +54,7 @@ class Metrics:
         self.prompt_tokens = Counter("engineshed_prompt_tokens", "Prompt tokens of started answers", registry=self.registry)
         self.cached_tokens = Counter("engineshed_cached_prompt_tokens", "Of these, reused from a slot", registry=self.registry)
         self.generated_tokens = Counter("engineshed_generated_tokens", "Tokens of answers", registry=self.registry)
-        self.registry.register(_EngineCollector(engine))
+        self.registry.register(_EngineCollector(replicas))
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
@@ -60,27 +65,37 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """The worker's own numbers, from its last heartbeat; its counters start again at 0 with each new process."""
+    """The workers' own numbers, from their last heartbeats; a worker's counters start again at 0 with each new process."""
 
-    def __init__(self, engine: EngineSource) -> None:
-        self._engine = engine
+    def __init__(self, replicas: Sequence[Replica]) -> None:
+        self._replicas = replicas
+        self._labels = ["device"] if len(replicas) > 1 else []  # One worker's numbers are the whole server's.
 
-    def collect(self) -> Iterator[Metric]:
-        client = self._engine.client
-        ready, beat = (client.ready, client.heartbeat) if client else (None, None)
-        yield GaugeMetricFamily("engineshed_ready", "1 while the engine takes requests", value=ready is not None)
-        yield CounterMetricFamily("engineshed_worker_restarts", "Worker processes replaced", value=self._engine.restarts)
-        yield GaugeMetricFamily("engineshed_slots", "Requests that can run at once", value=ready.slots if ready else 0)
-        yield GaugeMetricFamily("engineshed_queue_limit", "Requests that may wait", value=ready.queue if ready else 0)
-        yield GaugeMetricFamily("engineshed_requests_running", "Requests in a slot", value=beat.running if beat else 0)
-        yield GaugeMetricFamily("engineshed_requests_waiting", "Requests waiting for a slot", value=beat.waiting if beat else 0)
-        yield GaugeMetricFamily("engineshed_kv_tokens", "Tokens in their slots", value=beat.kv_tokens if beat else 0)
-        if beat is None:
-            return
-        yield CounterMetricFamily("engineshed_engine_steps", "Prefill chunks and decode batches", value=beat.steps)
-        yield CounterMetricFamily("engineshed_engine_seconds", "Time inside the engine", value=beat.step_seconds)
-        yield CounterMetricFamily("engineshed_engine_prompt_tokens", "Prompt tokens computed", value=beat.prompt_tokens)
-        yield CounterMetricFamily("engineshed_engine_cached_tokens", "Prompt tokens reused instead", value=beat.cached_tokens)
-        yield CounterMetricFamily("engineshed_engine_generated_tokens", "Tokens generated", value=beat.generated_tokens)
-        yield CounterMetricFamily("engineshed_engine_guessed_tokens", "Tokens guessed and verified", value=beat.guessed_tokens)
-        yield CounterMetricFamily("engineshed_engine_accepted_tokens", "Of these, the right ones", value=beat.accepted_tokens)
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, CounterFamily | GaugeFamily] = {}
+        for replica in self._replicas:
+            for kind, name, description, value in _numbers(replica):
+                family = families.setdefault(name, kind(name, description, labels=self._labels))
+                family.add_metric([replica.device for _ in self._labels], value)
+        return families.values()
+
+
+def _numbers(replica: Replica) -> Iterator[tuple[type[CounterFamily | GaugeFamily], str, str, float]]:
+    client = replica.client
+    ready, beat = (client.ready, client.heartbeat) if client else (None, None)
+    yield GaugeFamily, "engineshed_ready", "1 while the engine takes requests", ready is not None
+    yield CounterFamily, "engineshed_worker_restarts", "Worker processes replaced", replica.restarts
+    yield GaugeFamily, "engineshed_slots", "Requests that can run at once", ready.slots if ready else 0
+    yield GaugeFamily, "engineshed_queue_limit", "Requests that may wait", ready.queue if ready else 0
+    yield GaugeFamily, "engineshed_requests_running", "Requests in a slot", beat.running if beat else 0
+    yield GaugeFamily, "engineshed_requests_waiting", "Requests waiting for a slot", beat.waiting if beat else 0
+    yield GaugeFamily, "engineshed_kv_tokens", "Tokens in their slots", beat.kv_tokens if beat else 0
+    if beat is None:
+        return
+    yield CounterFamily, "engineshed_engine_steps", "Prefill chunks and decode batches", beat.steps
+    yield CounterFamily, "engineshed_engine_seconds", "Time inside the engine", beat.step_seconds
+    yield CounterFamily, "engineshed_engine_prompt_tokens", "Prompt tokens computed", beat.prompt_tokens
+    yield CounterFamily, "engineshed_engine_cached_tokens", "Prompt tokens reused instead", beat.cached_tokens
+    yield CounterFamily, "engineshed_engine_generated_tokens", "Tokens generated", beat.generated_tokens
+    yield CounterFamily, "engineshed_engine_guessed_tokens", "Tokens guessed and verified", beat.guessed_tokens
+    yield CounterFamily, "engineshed_engine_accepted_tokens", "Of these, the right ones", beat.accepted_tokens

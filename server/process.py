@@ -24,7 +24,7 @@ class ServeError(Exception):
     """The server cannot start, or not go on; the message says what to do."""
 
 
-def command(folder: Path, variant: str, **options: Path | str | int | bool | None) -> list[str]:
+def command(folder: Path, variant: str, **options: Path | str | float | bool | None) -> list[str]:
     """The command line of a worker for a bundle's variant, without its socket; see `runtime.worker` for the options.
 
     Underscores stand for hyphens, True for an option without a value; what is None or False is left out.
@@ -48,6 +48,8 @@ class EngineProcess:
         if len(os.fsencode(path)) > _LONGEST_PATH:
             self._folder.cleanup()
             raise ServeError(f"no engine can be reached at {path}: the path is too long; try a shorter TMPDIR")
+        self.command = command
+        """What it runs, for another process to take its place."""
         self.address = f"ipc://{path}"
         """Of the ZeroMQ socket that the process binds once it has loaded its engine."""
         self._process = subprocess.Popen(

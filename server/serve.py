@@ -1,17 +1,23 @@
-"""`engineshed serve`: its command line, and the engine's process, which loads while this one imports what HTTP needs."""
+"""`engineshed serve`: its command line, and the engines' processes, which load while this one imports what HTTP needs."""
 
 import argparse
 import logging
 import signal
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from runtime import bundle as bundles
-from runtime.bundle import MANIFEST, Bundle, BundleError
+from runtime import devices
+from runtime.bundle import MANIFEST, Bundle, BundleError, Variant
+from runtime.devices import Device, DeviceError
 from server.process import EngineProcess, ServeError, command
 
 CONTEXT = 4096
 """Tokens a slot holds unless the model has fewer or the command line says otherwise: memory grows with it."""
+CPU_SLOTS = 8
+"""Slots of a worker on the CPU unless the command line says otherwise; on a GPU its free memory decides."""
 
 log = logging.getLogger("engineshed")
 
@@ -24,8 +30,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=_port, default=8000, help="port to listen on, 0 takes a free one (default: %(default)s)")
     parser.add_argument("--model", help="a bundle's name, or its folder (default: the first in --engines)")
     parser.add_argument("--engines", type=Path, default=Path("engines"), help="folder of the bundles (default: %(default)s)")
-    parser.add_argument("--variant", help="engine to run, e.g. cpu-int4 (default: the smallest for this machine's CPU)")
-    parser.add_argument("--slots", type=_positive, default=8, help="requests that run at once (default: %(default)s)")
+    parser.add_argument(
+        "--device",
+        metavar="LIST",
+        type=_devices,
+        default="cpu",
+        help="cpu or cuda:N; several, as cuda:0,cuda:1, run an engine each and share the load (default: %(default)s)",
+    )
+    parser.add_argument("--variant", help="engine to run, e.g. cpu-int4 (default: the best that --device runs)")
+    parser.add_argument(
+        "--slots",
+        type=_positive,
+        help=f"requests that run at once on each device (default: {CPU_SLOTS} on a CPU, what its memory has room for on a GPU)",
+    )
     parser.add_argument(
         "--context", type=_positive, help=f"tokens of prompt and answer together (default: the model's own, at most {CONTEXT})"
     )
@@ -33,13 +50,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--queue",
         type=_not_negative,
         default=64,
-        help="requests that may wait for a slot; more get status 429 (default: %(default)s)",
+        help="requests that may wait for a slot of each device; more get status 429 (default: %(default)s)",
     )
     parser.add_argument(
         "--no-speculation", action="store_true", help="never guess tokens to verify several at a time, whatever a request says"
     )
     parser.add_argument("--draft", metavar="BUNDLE", help="a smaller model with the same tokenizer, to guess tokens with")
-    parser.add_argument("--draft-variant", metavar="VARIANT", help="its engine (default: the smallest for this machine's CPU)")
+    parser.add_argument("--draft-variant", metavar="VARIANT", help="its engine (default: the best that --device runs)")
+    parser.add_argument(
+        "--gpu-memory", metavar="SHARE", type=_share, help="most of a GPU's memory that an engine takes, up to 1 (default: 0.9)"
+    )
+    parser.add_argument("--build-on-load", action="store_true", help="build a TensorRT engine for this GPU where there is none")
+    parser.add_argument(
+        "--provider",
+        choices=["cuda", "tensorrt", "tensorrt-rtx"],
+        help="ONNX Runtime's provider that runs a cuda variant (default: cuda)",
+    )
     parser.add_argument(
         "--log-level",
         choices=["debug", "info", "warning", "error"],
@@ -64,27 +90,49 @@ def _serve(args: argparse.Namespace) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stops.append(number))
     folder, bundle = choose(args.engines, args.model)
-    variant = bundle.variant(args.variant)
-    context = args.context or min(CONTEXT, bundle.max_length)
-    if context > bundle.max_length:
-        raise BundleError(f"bundle {bundle.name!r} is made for {bundle.max_length} tokens; --context {context} is more")
-    log.info("loading %s (%s)", bundle.name, variant.name)
-    draft = None if args.draft is None else choose(args.engines, args.draft)[0]
-    worker = command(
-        folder,
-        variant.name,
-        slots=args.slots,
-        context=context,
-        queue=args.queue,
-        no_speculation=args.no_speculation,
-        draft=draft,
-        draft_variant=args.draft_variant,
-        log_level=args.log_level,
-    )
-    with EngineProcess(worker) as first:
+    variant = bundle.for_device(args.device[0].kind, args.variant)
+    workers = commands(args, folder, bundle, variant)
+    log.info("loading %s (%s) on %s", bundle.name, variant.name, ", ".join(workers))
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(EngineProcess(worker)) for name, worker in workers.items()}
         from server import listening  # which imports aiohttp, tokenizers and more
 
-        listening.run(args.host, args.port, folder, bundle, variant, worker, first, stops)
+        listening.run(args.host, args.port, folder, bundle, variant, processes, stops)
+
+
+def commands(args: argparse.Namespace, folder: Path, bundle: Bundle, variant: Variant) -> dict[str, list[str]]:
+    """The worker's command line for each device in `args`, by what log and metrics call it. Raises BundleError."""
+    longest = bundle.longest(variant)
+    context = args.context or min(CONTEXT, longest)
+    if context > longest:
+        raise BundleError(f"{variant.name} of bundle {bundle.name!r} is made for {longest} tokens; --context {context} is more")
+    on_cpu, threads = variant.target == "cpu", None
+    if on_cpu and len(args.device) > 1:  # Workers with as many threads as cores each would wait for each other in every step.
+        threads = max(1, devices.cpu().cores // len(args.device))
+    shared = command(
+        folder,
+        variant.name,
+        slots=args.slots or (CPU_SLOTS if on_cpu else None),
+        context=context,
+        queue=args.queue,
+        threads=threads,
+        no_speculation=args.no_speculation,
+        draft=None if args.draft is None else choose(args.engines, args.draft)[0],
+        draft_variant=args.draft_variant,
+        gpu_memory=args.gpu_memory,
+        build_on_load=args.build_on_load,
+        provider=args.provider,
+        log_level=args.log_level,
+    )
+    return {name: [*shared, f"--device={device}"] for name, device in zip(_names(args.device), args.device, strict=True)}
+
+
+def _names(wanted: Sequence[Device]) -> list[str]:
+    """Each device, with a number where it has several workers: cpu#1, cpu#2."""
+    names = [str(device) for device in wanted]
+    return [
+        name if names.count(name) == 1 else f"{name}#{names[:place].count(name)}" for place, name in enumerate(names, start=1)
+    ]
 
 
 def choose(engines: Path, model: str | None) -> tuple[Path, Bundle]:
@@ -114,6 +162,29 @@ def _not_negative(text: str) -> int:
 
 def _port(text: str) -> int:
     return _between(text, 0, 65535)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return share
+
+
+def _devices(text: str) -> tuple[Device, ...]:
+    try:
+        found = devices.parse_list(text)
+    except DeviceError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if len({device.kind for device in found}) > 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} mixes CPU and GPU: they run different variants, which answer differently and at very different speeds; "
+            "name devices of one kind, or start a second server with another --port"
+        )
+    return found
 
 
 def _between(text: str, least: int, most: int | None = None) -> int:

@@ -1,8 +1,7 @@
 """What the routes share: the model that is served, its text, and the way to its engine."""
 
 import asyncio
-from collections.abc import Iterator
-from collections.abc import Sequence as Tokens
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,10 +12,11 @@ from runtime.bundle import Bundle, Variant
 from runtime.messages import Generate, Ready
 from runtime.text import Text, TextError
 from server.bodies import GenerationBody, Message
-from server.engine_client import EngineClient, EngineSource
+from server.engine_client import EngineClient
 from server.errors import ApiError, bad_request, unavailable
 from server.generation import Generation, sampling
 from server.metrics import Metrics
+from server.replicas import Replica, least_busy
 
 LONG_TEXT = 10_000
 """Characters from which text is tokenized in a thread, so that the streams do not wait for it."""
@@ -24,19 +24,19 @@ LONG_TEXT = 10_000
 
 @dataclass
 class Service:
-    """One model behind one engine."""
+    """One model behind one engine, which may run on several devices."""
 
     bundle: Bundle
     variant: Variant
     text: Text
-    engine: EngineSource
+    replicas: Sequence[Replica]
     metrics: Metrics = field(init=False)
     draining: bool = False
     """Set when the server stops: what runs goes on, nothing new is taken."""
 
     def __post_init__(self) -> None:
         """Begin to count."""
-        self.metrics = Metrics(self.engine)
+        self.metrics = Metrics(self.replicas)
 
     @property
     def fingerprint(self) -> str:
@@ -47,8 +47,8 @@ class Service:
     @property
     def context(self) -> int:
         """Tokens of prompt and answer together: the engine's, or as long as there is none the model's own."""
-        client = self.engine.client
-        return client.ready.context if client is not None and client.ready is not None else self.bundle.max_length
+        connection = least_busy(self.replicas)
+        return self.bundle.max_length if connection is None else connection[1].context
 
     def check_ready(self) -> None:
         """Raise ApiError 503 while no request can be taken."""
@@ -92,7 +92,7 @@ class Service:
 
     @contextmanager
     def generate(
-        self, request: web.Request, body: GenerationBody, prompt: list[int], *, of: str, prediction: Tokens[int] = ()
+        self, request: web.Request, body: GenerationBody, prompt: list[int], *, of: str, prediction: Sequence[int] = ()
     ) -> Iterator[Generation]:
         """Ask the engine to continue `prompt`, the tokens of the body's field `of`; leaving the context frees its slot.
 
@@ -115,10 +115,10 @@ class Service:
     def _connection(self) -> tuple[EngineClient, Ready]:
         if self.draining:
             raise unavailable("The server is shutting down.")
-        client = self.engine.client
-        if client is None or client.ready is None:
+        connection = least_busy(self.replicas)
+        if connection is None:
             raise unavailable("The engine is not ready: it is loading or being restarted. Try again in a moment.")
-        return client, client.ready
+        return connection
 
 
 SERVICE = web.AppKey("service", Service)

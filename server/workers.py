@@ -3,9 +3,10 @@
 import asyncio
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from runtime.messages import HEARTBEAT_SECONDS, Ready
 from server.engine_client import EngineClient, EngineUnavailableError
@@ -34,12 +35,27 @@ class Worker:
     is this context's to end.
     """
 
-    def __init__(self, command: Sequence[str], *, first: EngineProcess | None = None, silence: float = SILENCE_SECONDS) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        device: str = "cpu",
+        first: EngineProcess | None = None,
+        silence: float = SILENCE_SECONDS,
+    ) -> None:
         self._command = command
+        self._device = device
         self._first = first
         self._silence = silence
         self._client: EngineClient | None = None
         self._starts = 0
+        # The event loop's own threads tokenize; with many workers, waiting would take them all.
+        self._waiting = ThreadPoolExecutor(max_workers=1)
+
+    @property
+    def device(self) -> str:
+        """What it runs on, as the log and the metrics name it."""
+        return self._device
 
     @property
     def client(self) -> EngineClient | None:
@@ -64,6 +80,7 @@ class Worker:
         self._keeping.cancel()
         with suppress(asyncio.CancelledError, ServeError):
             await self._keeping
+        self._waiting.shutdown(wait=False)
 
     async def loaded(self) -> Ready:
         """Wait until an engine has been loaded for the first time; gives what it said of itself, raises ServeError."""
@@ -73,11 +90,11 @@ class Worker:
             self._keeping.result()
         return self._loaded.result()
 
-    async def hopeless(self) -> None:
+    async def hopeless(self) -> NoReturn:
         """Wait for the day on which no engine can be loaded any more: never returns, raises ServeError."""
         await asyncio.shield(self._keeping)
 
-    async def _keep(self) -> None:
+    async def _keep(self) -> NoReturn:
         failures = 0
         process = self._first or EngineProcess(self._command)
         while True:
@@ -88,18 +105,19 @@ class Worker:
                 raise WorkerHopelessError("the engine cannot be loaded")
             failures = 0 if loaded else failures + 1
             pause = BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS) - 1)]
-            log.error("the engine's process ended with code %d; a new one starts in %.1f s", code, pause)
+            log.error("the engine's process on %s ended with code %d; a new one starts in %.1f s", self._device, code, pause)
             await asyncio.sleep(pause)
             process = EngineProcess(self._command)
 
     async def _live(self, process: EngineProcess) -> tuple[bool, int]:
         """One process to its end: whether it loaded its engine, and its exit code."""
         client = EngineClient(process.address)
-        exited = asyncio.create_task(asyncio.to_thread(process.wait))
+        exited = asyncio.get_running_loop().run_in_executor(self._waiting, process.wait)
         attached = asyncio.create_task(client.attach())
         patience = STOP_SECONDS
         try:
-            await asyncio.wait({attached, exited}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {attached, exited}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if client.ready is not None:
                 self._client = client
                 if not self._loaded.done():
@@ -112,19 +130,21 @@ class Worker:
             code = await _end(process, exited, patience)
         return loaded, code
 
-    async def _watch(self, client: EngineClient, exited: asyncio.Task[int]) -> float:
+    async def _watch(self, client: EngineClient, exited: asyncio.Future[int]) -> float:
         """Wait until the process has ended or should be; gives the seconds that it deserves for that."""
         loop = asyncio.get_running_loop()
         while not exited.done():
             await asyncio.wait({exited}, timeout=HEARTBEAT_SECONDS)
             client.receive()  # What came while this process itself was held up counts as heard.
             if not exited.done() and loop.time() - client.heard > self._silence:
-                log.error("the engine's process has been silent for %.0f s and is taken for dead", self._silence)
+                log.error(
+                    "the engine's process on %s has been silent for %.0f s and is taken for dead", self._device, self._silence
+                )
                 return 0.0
         return STOP_SECONDS
 
 
-async def _end(process: EngineProcess, exited: asyncio.Task[int], patience: float) -> int:
+async def _end(process: EngineProcess, exited: asyncio.Future[int], patience: float) -> int:
     """Ask the process to end, wait for `patience` seconds, and kill it; gives its exit code."""
     process.hang_up()
     await asyncio.wait({exited}, timeout=patience)

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from export import decoder
+from export.cache import Dialect
 from export.pipeline import Export
 from export.recipe import Build, ModelReference, Recipe
 
@@ -41,9 +42,13 @@ class Silent:
 
     notes: dict[str, str] = field(default_factory=dict)
     begun: list[str] = field(default_factory=list)
+    shares: dict[str, list[float]] = field(default_factory=dict)
 
     def begin(self, stage: str) -> None:
         self.begun.append(stage)
+
+    def advance(self, stage: str, share: float) -> None:
+        self.shares.setdefault(stage, []).append(share)
 
     def end(self, stage: str, seconds: float, note: str) -> None:
         self.notes[stage] = note
@@ -121,17 +126,20 @@ def tracing_once() -> Iterator[None]:
     """
     real = decoder.trace
 
-    def remembered(model: PreTrainedModel, seen: decoder.Survey) -> ir.Model:
-        if not _traced:
-            _traced.append(real(model, seen))
-        return _traced[0].clone()
+    def remembered(
+        model: PreTrainedModel, seen: decoder.Survey, dialect: Dialect = "onnxruntime", capacity: int | None = None
+    ) -> ir.Model:
+        key = model.dtype, dialect, capacity
+        if key not in _traced:
+            _traced[key] = real(model, seen, dialect, capacity)
+        return _traced[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "trace", remembered)
         yield
 
 
-_traced: list[ir.Model] = []
+_traced: dict[tuple[torch.dtype, Dialect, int | None], ir.Model] = {}
 
 
 def recipe(model: Path, *builds: Build) -> Recipe:

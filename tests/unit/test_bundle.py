@@ -214,7 +214,7 @@ def test_given_a_bundle_behind_a_link_when_read_then_its_files_count_as_inside(f
 
 def test_given_a_variant_whose_model_is_not_among_its_files_when_read_then_it_is_refused(folder: Path) -> None:
     change(folder, lambda manifest: manifest["variants"][1].update(model="cpu-fp32/model.onnx"))
-    assert "variant 'cpu-int4' runs 'cpu-fp32/model.onnx', which is not among its files" in refusal(folder)
+    assert "variant 'cpu-int4' needs 'cpu-fp32/model.onnx', which is not among its files" in refusal(folder)
     assert AGAIN in refusal(folder)
 
 

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -319,8 +320,12 @@ precision = "int4"
         ('name = "tiny"', 'name = "tiny"\ncolour = "red"', "unknown field `colour`"),
         ("precision", "precison", "unknown field `precison` - at `$.variants[0]`"),
         ('"int4"', '"int3"', "'int3'"),
-        ('"int4"', '"fp16"', "variant 'cpu-fp16' cannot be built yet: target cpu has the precisions fp32, int8 and int4"),
-        ('"int4"', '"int4"\ntarget = "cuda"', "variant 'cuda-int4' cannot be built yet"),
+        ('"int4"', '"fp16"', "target cpu has no precision fp16; it has int4, int8, fp32"),
+        ('"int4"', '"fp8"\ntarget = "cuda"', "target cuda has no precision fp8; it has fp16, bf16, int4"),
+        ('"int4"', '"int4"\nchunk = 64', "variant 'cpu-int4': context, batches, chunk, gpus and strip are for tensorrt"),
+        ('"int4"', '"fp16"\ntarget = "tensorrt"\nbatches = []', "at least one batch is named"),
+        ('"int4"', '"fp16"\ntarget = "tensorrt"\ncontext = 0', "are numbers from 1 on"),
+        ('"int4"', '"fp16"\ntarget = "tensorrt"\ngpus = ["sm89"]', "'sm89' is no compute capability; write it as 8.9"),
         ('name = "tiny"', "", "missing required field `name`"),
         ('name = "tiny"', 'name = "../tiny"', "bundle name '../tiny': use small letters"),
         ('path = "model"', "", "exactly one of hub, path and wheel; it has none"),
@@ -559,8 +564,8 @@ def damaged_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on tracing gets a weight wrong: what it writes down is not what the model does."""
     real = decoder.trace
 
-    def trace(model: PreTrainedModel, seen: decoder.Survey) -> ir.Model:
-        traced: ir.Model = real(model, seen)
+    def trace(model: PreTrainedModel, seen: decoder.Survey, *how: Any) -> ir.Model:
+        traced: ir.Model = real(model, seen, *how)
         down = [value for value in traced.graph.initializers.values() if value.shape == (96, 64)]
         for value in down:
             assert value.const_value is not None
@@ -595,8 +600,8 @@ def test_given_an_engine_that_fails_when_it_runs_when_proved_then_nothing_is_pub
 ) -> None:
     real = decoder.trace
 
-    def trace(model: PreTrainedModel, seen: decoder.Survey) -> ir.Model:
-        traced: ir.Model = real(model, seen)
+    def trace(model: PreTrainedModel, seen: decoder.Survey, *how: Any) -> ir.Model:
+        traced: ir.Model = real(model, seen, *how)
         for node in traced.graph:
             if node.op_type == "GroupQueryAttention":
                 node.attributes["num_heads"] = ir.AttrInt64("num_heads", 3)

@@ -15,7 +15,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from runtime import messages
-from runtime.engine import Batch, Float32, Int64
+from runtime.engine import Batch, Draw, Float32, Int64
 from runtime.loop import Loop
 from runtime.messages import Generate, Progress, Row, Sampling
 from runtime.radix import Radix
@@ -35,11 +35,13 @@ class Instant:
     many_cost = 0.0
     row_cost = 0.2
     step_cost = 1.0
+    chunk = 128
+    runs_ahead = False
 
     def __init__(self) -> None:
         self._chance = np.random.default_rng(0)
 
-    def step(self, batch: Batch) -> tuple[Int64, Float32]:
+    def step(self, batch: Batch, ahead: Draw | None = None) -> tuple[Int64, Float32]:
         rows = len(batch.logit_rows)
         return self._chance.integers(0, VOCAB, rows), np.full(rows, -1, np.float32)
 

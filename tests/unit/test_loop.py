@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from runtime import ort, pace
-from runtime.engine import Batch, EngineError
-from runtime.loop import PREFILL_BUDGET, Loop
+from runtime.engine import Batch, Draw, EngineError
+from runtime.loop import Loop
 from runtime.messages import Generate, Refused, Row, Sampling
 from runtime.ort import OrtEngine
 from runtime.pace import LEAST_PREFILL
@@ -146,7 +146,7 @@ def test_a_long_prompt_does_not_hold_up_a_running_stream(loop: Loop, monkeypatch
     loop.submit(FRONT, Generate("long", prompt(CONTEXT - 10), max_tokens=2))
     gaps = []
     while loop.slots.prefilling is not None or loop.waiting:
-        before, fitting = loop.counters.prompt_tokens, loop._pace.prefill_tokens(PREFILL_BUDGET, 0.0)
+        before, fitting = loop.counters.prompt_tokens, loop._pace.prefill_tokens(loop.prefill_budget, 0.0)
         assert "running" in [news.row.id for news in loop.step()]
         gaps.append(loop.counters.prompt_tokens - before)
         assert gaps[-1] <= max(LEAST_PREFILL, fitting)
@@ -224,7 +224,7 @@ def test_an_engine_that_failed_is_not_trusted_to_have_written_its_rows(
     shared = prompt(SHARED + 2)
     run(loop, Generate("a", shared, max_tokens=1))
 
-    def failing(self: OrtEngine, batch: Batch) -> object:
+    def failing(self: OrtEngine, batch: Batch, ahead: Draw | None) -> object:
         raise EngineError("the device is gone")
 
     with monkeypatch.context() as broken:
@@ -301,7 +301,7 @@ def test_an_engine_that_fails_ends_only_the_requests_of_that_step(engine: OrtEng
     loop.step()
     real = OrtEngine.step
 
-    def failing(self: OrtEngine, batch: Batch) -> object:
+    def failing(self: OrtEngine, batch: Batch, ahead: Draw | None) -> object:
         raise EngineError("the device is gone")
 
     monkeypatch.setattr(OrtEngine, "step", failing)

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from export.sampler import CANDIDATES, append_sampler
+from export.sampler import CANDIDATES, append_sampler, sampling_graph
 
 SMALL, LARGE = 40, 1000
 VOCABS = [SMALL, LARGE]
@@ -45,9 +45,24 @@ class Drawn:
     logprobs: npt.NDArray[np.float32] = field(repr=False)
 
 
+KINDS = ("branching", "flat")
+"""The sampler as a part of the CPU's graphs, and as a graph of its own for GPUs."""
+_kind = KINDS[0]
+
+
+@pytest.fixture(scope="module", params=KINDS, autouse=True)
+def kind_of_sampler(request: pytest.FixtureRequest) -> None:
+    """Every test runs with both."""
+    global _kind
+    _kind = request.param
+
+
 @cache
-def sampler(vocab: int) -> ort.InferenceSession:
-    """A graph from logits [rows, vocab] to tokens and log-probabilities."""
+def sampler(vocab: int, kind: str) -> ort.InferenceSession:
+    """A graph from logits [rows, vocab], named "given" or "logits", to tokens and log-probabilities."""
+    if kind == "flat":
+        flat = sampling_graph(vocab)
+        return ort.InferenceSession(ir.serde.serialize_model(flat).SerializeToString(), providers=["CPUExecutionProvider"])
     shape, dtype = ir.Shape(["rows", vocab]), ir.TensorType(ir.DataType.FLOAT)
     given, logits = (ir.Value(name=name, shape=shape, type=dtype) for name in ("given", "logits"))
     node = ir.Node("", "Identity", [given], outputs=[logits])
@@ -59,12 +74,13 @@ def sampler(vocab: int) -> ort.InferenceSession:
 def draw(logits: Array, rows: list[Settings]) -> Drawn:
     """Run the sampler over `logits` [rows, vocab], or [vocab] for all rows."""
     vocab = logits.shape[-1]
-    feeds: dict[str, npt.NDArray[np.generic]] = {"given": np.broadcast_to(logits, (len(rows), vocab)).astype(np.float32)}
+    name = "logits" if _kind == "flat" else "given"
+    feeds: dict[str, npt.NDArray[np.generic]] = {name: np.broadcast_to(logits, (len(rows), vocab)).astype(np.float32)}
     for name in ("temperature", "top_p", "min_p", "uniform"):
         feeds[name] = np.array([getattr(row, name) for row in rows], np.float32)
     for name in ("top_k", "forced"):
         feeds[name] = np.array([getattr(row, name) for row in rows], np.int64)
-    tokens, logprobs = sampler(vocab).run(["tokens", "logprobs"], feeds)
+    tokens, logprobs = sampler(vocab, _kind).run(["tokens", "logprobs"], feeds)
     assert tokens.dtype == np.int64
     assert logprobs.dtype == np.float32
     assert tokens.shape == logprobs.shape == (len(rows),)

@@ -13,7 +13,7 @@ from runtime.bundle import Bundle
 from runtime.messages import Generate
 from runtime.text import Text
 from server import app
-from server.engine_client import EngineSource
+from server.replicas import Replica
 from server.service import Service
 from tests.unit.server.scripted import Attached, ScriptedWorker
 
@@ -49,5 +49,5 @@ async def serving(service: Service) -> AsyncIterator[aiohttp.ClientSession]:
     await runner.cleanup()
 
 
-def service_for(bundle: Bundle, text: Text, engine: EngineSource) -> Service:
-    return Service(bundle, bundle.variants[0], text, engine)
+def service_for(bundle: Bundle, text: Text, *replicas: Replica) -> Service:
+    return Service(bundle, bundle.variants[0], text, replicas)

@@ -36,10 +36,11 @@ Kind = TypeVar("Kind", Generate, Cancel)
 
 @dataclass
 class Attached:
-    """Where the HTTP code finds its worker; a test can take it away."""
+    """Where the HTTP code finds a worker; a test can take it away."""
 
     client: EngineClient | None
     restarts: int = 0
+    device: str = "cpu"
 
 
 @dataclass
@@ -48,6 +49,7 @@ class ScriptedWorker:
 
     address: str
     text: Text
+    ready: Ready = READY
     received: "asyncio.Queue[Generate | Cancel]" = field(default_factory=asyncio.Queue)
 
     async def __aenter__(self) -> Self:
@@ -97,6 +99,6 @@ class ScriptedWorker:
             match messages.decode_request(frame):
                 case Attach():
                     self._front_end = identity
-                    await self.send(READY)
+                    await self.send(self.ready)
                 case Generate() | Cancel() as message:
                     self.received.put_nowait(message)
