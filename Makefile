@@ -57,6 +57,7 @@ unit: $(INSTALLED)
 
 e2e: $(INSTALLED)
 	$(BIN)/engineshed export --if-missing --precision int4 fp32
+	$(BIN)/engineshed export --if-missing --target tensorrt-rtx --gpu 8.9
 	$(BIN)/pytest tests/e2e
 
 sweep: $(INSTALLED)

@@ -223,7 +223,7 @@ def parameters(folder: Path, manifest: Bundle) -> int | None:
         import onnx
     except ModuleNotFoundError:
         return None
-    variant = max(manifest.variants, key=lambda variant: variant.size)
+    variant = max(variants(manifest, None), key=lambda variant: variant.size)
     graph = onnx.load(str(folder / variant.model), load_external_data=False).graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     many = [

@@ -32,12 +32,12 @@ def run(args: argparse.Namespace) -> int:
 
 def table(found: list[Bundle]) -> Table:
     """One row a variant."""
-    names = ("bundle", "variant", "precision", "MB", "context", "verified", "perplexity")
+    names = ("bundle", "variant", "GPUs", "MB", "context", "verified", "perplexity")
     result = Table(
         *(Column(name, no_wrap=True) for name in names),
         box=None,
         padding=(0, 1, 0, 0),
-        caption="verified: tokens equal to the reference's; perplexity: and its excess over that",
+        caption="GPUs: compute capabilities that a plan is for; verified: tokens equal to the reference's; perplexity: and its excess over that",
         caption_justify="left",
     )
     for bundle in found:
@@ -45,9 +45,9 @@ def table(found: list[Bundle]) -> Table:
             result.add_row(
                 bundle.name if number == 0 else "",
                 variant.name,
-                variant.precision,
+                "" if variant.plan is None else " ".join(variant.plan.compute_capabilities),
                 f"{variant.size / 1e6:,.0f}",
-                f"{bundle.max_length:,}",
+                f"{bundle.longest(variant):,}",
                 _verified(variant),
                 _perplexity(variant),
                 end_section=number == len(bundle.variants) - 1,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -120,6 +121,22 @@ def test_the_fp32_engine_gives_transformers_greedy_tokens_alone_and_16_at_a_time
     assert (agreement.compared, agreement.equal) == (32 * TOKENS, 32 * TOKENS), agreement.first
     assert answers(engine, prompts, at_once=1) == together
     assert answers(engine, prompts, at_once=16, speculation=False) == together
+
+
+def test_the_half_precision_graph_of_the_plan_gives_transformers_tokens_up_to_ties(
+    manifest: Bundle, prompts: list[list[int]], reference: PreTrainedModel
+) -> None:
+    """What TensorRT builds from, in ONNX Runtime on the CPU: it proves the numbers of this dialect without a GPU."""
+    variant = manifest.variant("tensorrt-rtx-fp16")
+    assert variant.plan is not None
+    graph, asked = msgspec.structs.replace(variant, model=variant.plan.source), prompts[::3]
+    engine = OrtEngine(FOLDER, graph, manifest.vocab_size, slots=len(asked), context=variant.plan.capacity)
+    agreement = verify.compare(reference, asked, verify.continue_prompts(engine, asked, count=32), verify.TIES["fp16"])
+    engine.close()
+
+    assert agreement.different == 0, agreement.first
+    assert agreement.compared == 32 * len(asked)
+    assert agreement.equal > 0.98 * agreement.compared
 
 
 STORY = (
