@@ -182,7 +182,10 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
 
     def longest(self, variant: Variant) -> int:
         """Tokens that a slot of `variant` can hold, prompt and answer together."""
-        return self.max_length if variant.plan is None else min(self.max_length, variant.plan.capacity - 1)
+        if variant.plan is None:
+            return self.max_length
+        # Rows that only fill a batch up stand one position further, which a table of positions must still have.
+        return min(self.max_length, variant.plan.capacity) - 1
 
     @property
     def tokenizer(self) -> str | None:

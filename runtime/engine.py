@@ -16,6 +16,10 @@ class EngineError(Exception):
     """The engine cannot be loaded or run; the message says what to do."""
 
 
+class DeviceLost(EngineError):
+    """The device failed in a way that this process cannot recover from: whatever it is asked next fails, too."""
+
+
 @dataclass(frozen=True)
 class Draw:
     """How the next token is chosen at each of a step's logit rows; every array is [rows]."""
@@ -77,8 +81,8 @@ class Engine(Protocol):
     def step(self, batch: Batch, ahead: Draw | None = None) -> tuple[Int64, Float32]:
         """Write the new tokens' keys and values, choose tokens: (token ids [rows], log-probabilities [rows]).
 
-        `ahead` says that the same rows will most likely be decoded once more, with these draws: an engine that runs ahead begins
-        with that step before it hands this one's tokens out. When another step is asked for instead, its outcome is dropped.
+        `ahead` says that the same rows will most likely be decoded once more, with these draws: an engine that runs ahead
+        begins with that step before it hands this one's tokens out. Where another is asked for instead, its outcome is dropped.
         """
         ...
 

@@ -22,6 +22,10 @@ MOST_SLOTS = 64
 """Slots on a GPU where nobody says how many and its memory has room for more."""
 GPU_MEMORY = 0.9
 """Share of a GPU's memory that an engine takes at most, where nobody says otherwise."""
+LOGIT_ROWS = 128
+"""Of a step, for which a GPU's engine has room, at most."""
+_ROW_MULTIPLE = 16
+"""Rows by which a slot for ONNX Runtime is longer than its tokens, at most."""
 _LAST_WORDS = 2000
 """Characters of what a rebuild said last that an error shows."""
 
@@ -68,7 +72,7 @@ def start(folder: Path, manifest: Bundle, variant: Variant, place: Placement, *,
     slots = place.slots
     if slots is None:
         both = [variant] if beside is None else [variant, beside]
-        weights = sum(_weights(one) for one in both)
+        weights = sum(_weights(one) for one in both) + LOGIT_ROWS * manifest.vocab_size * 4
         per_token = sum(one.kv_bytes_per_token for one in both)
         slots = devices.slots_that_fit(limit, weights, per_token, _rows(variant, context), most=_most(variant))
     bundle.verify(folder, manifest.served(variant))
@@ -139,7 +143,7 @@ def _context(manifest: Bundle, variant: Variant, wanted: int | None) -> int:
 
 def _rows(variant: Variant, context: int) -> int:
     """Rows of a slot that holds `context` tokens."""
-    return context + 1 if variant.plan is None else variant.plan.capacity
+    return context + _ROW_MULTIPLE if variant.plan is None else variant.plan.capacity
 
 
 def _most(variant: Variant) -> int:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from runtime.draft import Drafter
-from runtime.engine import Batch, Draw, Engine
+from runtime.engine import Batch, DeviceLost, Draw, Engine
 from runtime.messages import Finish, Generate, Refused, Row
 from runtime.pace import Pace
 from runtime.sampling import draw
@@ -299,11 +299,18 @@ class Loop:
             self.drafter = None
             return None
 
-    def _run(self, batch: Batch, sequences: list[Sequence], ahead: Draw | None = None) -> tuple[list[int], list[float]] | list[News]:
-        """The engine's tokens and log-probabilities; or, when it failed, the end of every sequence that took part."""
+    def _run(
+        self, batch: Batch, sequences: list[Sequence], ahead: Draw | None = None
+    ) -> tuple[list[int], list[float]] | list[News]:
+        """The engine's tokens and log-probabilities; or, when it failed, the end of every sequence that took part.
+
+        Raises DeviceLost, after which there is nothing left to run on.
+        """
         start = time.perf_counter()
         try:
             tokens, logprobs = self.engine.step(batch, ahead)
+        except DeviceLost:
+            raise
         except Exception as error:  # whatever the runtime raised concerns these sequences, and the others go on
             log.exception("the engine failed on a step of %d rows", len(sequences))
             self.slots.forget()

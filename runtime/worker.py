@@ -15,7 +15,7 @@ from runtime import devices, messages
 from runtime.bundle import Bundle, BundleError, Variant, read
 from runtime.devices import DeviceError
 from runtime.draft import Drafter
-from runtime.engine import Engine, EngineError
+from runtime.engine import DeviceLost, Engine, EngineError
 from runtime.loading import CPU_SLOTS, GPU_MEMORY, MOST_SLOTS, Placement, default_cache, start
 from runtime.loop import Loop, News
 from runtime.messages import Attach, Cancel, Generate, Heartbeat, Progress, Ready
@@ -24,6 +24,8 @@ log = logging.getLogger("engineshed.worker")
 
 BAD_BUNDLE = 2
 """Exit status when the engine cannot be loaded at all; starting again would not help."""
+LOST_DEVICE = 3
+"""Exit status when the device fails while the engine runs."""
 _OUTBOX = 10_000
 """Messages that may wait for a front end; one that is further behind is taken for gone."""
 
@@ -214,7 +216,12 @@ def main() -> int:
         speculation=not arguments.no_speculation,
         drafter=drafter,
     )
-    Worker(loop, ready, arguments.socket).run(parent=sys.stdin.fileno())
+    try:
+        Worker(loop, ready, arguments.socket).run(parent=sys.stdin.fileno())
+    except DeviceLost as error:  # a new process may find the device well again
+        log.error("%s", error)
+        return LOST_DEVICE
+    engine.close()
     return 0
 
 

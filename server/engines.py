@@ -37,7 +37,8 @@ def table(found: list[Bundle]) -> Table:
         *(Column(name, no_wrap=True) for name in names),
         box=None,
         padding=(0, 1, 0, 0),
-        caption="GPUs: compute capabilities that a plan is for; verified: tokens equal to the reference's; perplexity: and its excess over that",
+        caption="GPUs: compute capabilities that a plan is for; verified: tokens equal to the reference's; "
+        "perplexity: and its excess over that",
         caption_justify="left",
     )
     for bundle in found:

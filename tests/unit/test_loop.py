@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from runtime import ort, pace
-from runtime.engine import Batch, Draw, EngineError
+from runtime.engine import Batch, DeviceLost, Draw, EngineError
 from runtime.loop import Loop
 from runtime.messages import Generate, Refused, Row, Sampling
 from runtime.ort import OrtEngine
@@ -231,6 +231,16 @@ def test_an_engine_that_failed_is_not_trusted_to_have_written_its_rows(
         broken.setattr(OrtEngine, "step", failing)
         assert run(loop, Generate("b", prompt(5), max_tokens=1))["b"][-1].finish == "error"
     assert run(loop, Generate("c", shared, max_tokens=1))["c"][0].cached == 0
+
+
+def test_a_lost_device_ends_the_loop_and_not_only_a_request(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(self: OrtEngine, batch: Batch, ahead: Draw | None) -> object:
+        raise DeviceLost("the GPU fell off the bus")
+
+    monkeypatch.setattr(OrtEngine, "step", lost)
+    loop.submit(FRONT, Generate("a", prompt(5), max_tokens=3))
+    with pytest.raises(DeviceLost, match="fell off the bus"):
+        loop.step()
 
 
 def test_cancelling_frees_the_slot_at_once_in_every_stage(loop: Loop) -> None:
