@@ -11,10 +11,10 @@ from runtime.messages import Row, Sampling
 from runtime.text import TextStream
 from server.bodies import GenerationBody
 from server.engine_client import (
-    Answer,
     EngineUnavailableError,
     RequestFailedError,
     RequestRefusedError,
+    Rows,
     SlowReaderError,
 )
 from server.errors import ApiError, bad_request, unavailable
@@ -52,7 +52,7 @@ class Piece:
 class Generation:
     """An async iterator of an answer's pieces. Raises ApiError where the answer ends without a finish reason."""
 
-    def __init__(self, prompt: list[int], arrived: float, answer: Answer, text: TextStream, metrics: Metrics) -> None:
+    def __init__(self, prompt: list[int], arrived: float, answer: Rows, text: TextStream, metrics: Metrics) -> None:
         """`arrived` is time.perf_counter() when the request came."""
         self._prompt_tokens = len(prompt)
         self._arrived = arrived

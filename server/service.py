@@ -11,6 +11,7 @@ from aiohttp import web
 from runtime.bundle import Bundle, Variant
 from runtime.messages import Generate, Ready
 from runtime.text import Text, TextError
+from server.attempts import Attempts
 from server.bodies import GenerationBody, Message
 from server.engine_client import EngineClient
 from server.errors import ApiError, bad_request, unavailable
@@ -109,8 +110,13 @@ class Service:
             speculation=body.speculation is not False,
             prediction=list(prediction[: ready.context]),
         )
-        with client.generate(wanted) as answer:
+        with Attempts(wanted, client, self._other) as answer:
             yield Generation(prompt, request[ARRIVED], answer, self.text.stream(body.stops), self.metrics)
+
+    def _other(self) -> EngineClient | None:
+        """An engine for a request whose own has stopped; also while this server drains, for it was taken before."""
+        connection = least_busy(self.replicas)
+        return None if connection is None else connection[0]
 
     def _connection(self) -> tuple[EngineClient, Ready]:
         if self.draining:

@@ -6,11 +6,12 @@ import socket
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 
 from runtime.messages import Cancel, Generate
-from server import streaming
-from server.engine_client import PENDING_TOKENS, EngineUnavailableError
+from server import attempts, streaming
+from server.engine_client import PENDING_TOKENS, EngineClient, EngineUnavailableError
 from tests.unit.server.house import House
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
@@ -62,14 +63,66 @@ async def test_an_engine_that_fails_before_the_first_token_is_a_status(house: Ho
     assert (await response.json())["error"]["message"] == "the step failed"
 
 
-async def test_an_engine_that_is_lost_before_the_first_token_is_503(house: House) -> None:
-    asking = asyncio.ensure_future(house.http.post("/v1/completions", json={"prompt": "hi"}))
-    await house.worker.next(Generate)
+def lose(house: House) -> None:
+    """The engine dies, and its connection with it."""
     assert house.engine.client is not None
     house.engine.client.close(EngineUnavailableError("The engine stopped."))
+    house.engine.client = None
+
+
+async def replace(house: House) -> None:
+    """Another engine takes its place."""
+    house.engine.client = EngineClient(house.worker.address)
+    await house.engine.client.attach()
+
+
+@pytest.mark.parametrize(("path", "body"), STREAMED)
+async def test_a_request_whose_engine_is_lost_before_the_first_token_is_asked_for_again(
+    house: House, path: str, body: dict[str, Any]
+) -> None:
+    asking = asyncio.ensure_future(house.http.post(path, json=body))
+    first = await house.worker.next(Generate)
+    lose(house)
+    await replace(house)
+    again = await house.worker.next(Generate)
+    assert msgspec.structs.replace(again, id=first.id) == first  # the random seed, too
+    await house.worker.say(again, "Hello", "stop")
+    response = await asking
+    assert response.status == 200
+    assert "Hello" in await response.text()
+
+
+async def test_a_request_whose_engine_is_lost_waits_no_longer_than_its_patience(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "PATIENCE_SECONDS", 0.1)
+    asking = asyncio.ensure_future(house.http.post("/v1/completions", json={"prompt": "hi"}))
+    await house.worker.next(Generate)
+    lose(house)
+    response = await asking
+    assert response.status == 503
+    assert "no other was ready" in (await response.json())["error"]["message"]
+
+
+async def test_a_request_that_ends_every_engine_is_not_asked_for_forever(house: House) -> None:
+    asking = asyncio.ensure_future(house.http.post("/v1/completions", json={"prompt": "hi"}))
+    for _ in range(attempts.MOST):
+        await house.worker.next(Generate)
+        lose(house)
+        await replace(house)
     response = await asking
     assert response.status == 503
     assert (await response.json())["error"]["message"] == "The engine stopped."
+    assert house.worker.received.empty()
+
+
+@pytest.mark.parametrize(("path", "body"), STREAMED[:2])
+async def test_a_stream_that_has_begun_ends_with_its_engine(house: House, path: str, body: dict[str, Any]) -> None:
+    response, _ = await house.open(path, body, "Hello")
+    lose(house)
+    await replace(house)
+    assert "The engine stopped." in await response.text()
+    assert house.worker.received.empty()
 
 
 @pytest.mark.parametrize(("path", "body"), STREAMED[:2])

@@ -43,7 +43,7 @@ def options(bundle: Bundle, variant: Variant, *arguments: str) -> dict[str, dict
 @pytest.fixture
 def plan(bundle: Bundle) -> Variant:
     """A variant for GPUs, as far as the command line looks at it."""
-    made = Plan("tensorrt", "11.4", ("8.9",), capacity=32, profiles=(), stripped=False, source="a", sampler_source="b")
+    made = Plan("tensorrt", "11.4", ("8.9",), capacity=33, profiles=(), stripped=False, source="a", sampler_source="b")
     return msgspec.structs.replace(bundle.variants[0], name="tensorrt-fp16", target="tensorrt", plan=made)
 
 
