@@ -1,6 +1,7 @@
 # engineshed: `make serve` and `make test` are all that is needed; the work is in the command `engineshed`.
 SHELL := /bin/bash
 PYTHON ?= python3
+GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 HOST ?= 127.0.0.1
@@ -17,7 +18,7 @@ PEERS := bench/.peers
 PEER_TARGETS := $(PEERS)/genai/.installed $(PEERS)/openvino/.installed $(PEERS)/transformers/.installed \
 	$(PEERS)/llama/.installed $(PEERS)/llama-server/llama-server
 
-.PHONY: help serve export test check unit e2e sweep bench bench-peers bench-served microbench clean
+.PHONY: help serve export test check unit e2e sweep bench bench-peers bench-served microbench test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -29,6 +30,8 @@ help:  ## show this
 	@echo "make bench-served  the server over HTTP, beside llama.cpp's"
 	@echo "make microbench    what Python does around a step"
 	@echo "make bench-peers   install the peers under bench/.peers: half an hour, 6 GB; llama.cpp needs a C++ compiler, cmake, ninja"
+	@echo "make test-gpu      on a machine with an NVIDIA GPU, by GPU_PYTHON as it is: see docs/gpu.md"
+	@echo "make bench-gpu     the engine on the GPU beside transformers' compiled decode, in eight minutes; likewise"
 	@echo "make sweep   try every causal LM type that transformers knows; writes docs/architectures.md (an hour)"
 	@echo "make clean   remove .venv, caches and built engines"
 
@@ -77,6 +80,14 @@ bench-served: $(INSTALLED) | $(PEERS)/llama-server/llama-server $(PEERS)/llama/.
 
 microbench: $(INSTALLED)
 	$(BIN)/pytest tests/unit/test_hot_paths.py --benchmark-enable --benchmark-columns=median,iqr,ops
+
+# By a Python that has torch for CUDA and onnxruntime-gpu; the project itself need not be installed. See docs/gpu.md.
+test-gpu:
+	$(GPU_PYTHON) -m pytest tests/gpu -c tests/gpu/pytest.ini -p no:cacheprovider
+
+bench-gpu:
+	@mkdir -p build
+	$(GPU_PYTHON) -m bench.gpu --json build/bench-gpu.json
 
 bench-peers: $(INSTALLED)  ## each in a virtual environment of its own; one that fails does not hold up the others
 	$(MAKE) --keep-going $(PEER_TARGETS)

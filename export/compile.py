@@ -1,6 +1,5 @@
 """One variant: the model's step, traced as its target wants it, and made into the files that the target runs."""
 
-import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -88,9 +87,7 @@ class Compiler:
         dtype = _TYPES.get(build.precision, torch.float16)
         traced = self._trace("onnxruntime", dtype)
         with self.stage(f"{build.name}: compile") as stage:
-            report = cuda.quantize_products(traced, self.vocab) if build.precision == "int4" else None
-            sampler.append_choice(traced, self.vocab)
-            cuda.prepare(traced)
+            report = cuda.finish(traced, self.vocab, int4=build.precision == "int4")
             graph.write_whole(sampler.sampling_graph(self.vocab), folder / graph.SAMPLER)
             variant = self._written(build, traced, dtype, workshop, folder, sampler=graph.SAMPLER)
             stage.note = _note(variant, report)
@@ -147,9 +144,7 @@ class Compiler:
         if key not in self._traced:
             name = "trace" if dtype == torch.float32 else f"trace {str(dtype).removeprefix('torch.')}, {dialect}"
             with self.stage(name) as stage:
-                model = self.model if dtype == torch.float32 else copy.deepcopy(self.model)
-                torch.nn.Module.to(model, dtype)
-                traced = decoder.trace(model, self.seen, dialect, capacity)
+                traced = decoder.trace(decoder.in_dtype(self.model, dtype), self.seen, dialect, capacity)
                 if dialect == "onnxruntime":
                     fuse.fuse(traced)
                 self._traced[key] = traced

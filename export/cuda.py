@@ -2,11 +2,19 @@
 
 import onnx_ir as ir
 
-from export import grid, quantize
+from export import grid, quantize, sampler
 from export.graph import constant, merge_equal
 
 LONGEST = "kv_longest"
 """The input [] int32, in host memory, that holds the largest of `kv_lengths`."""
+
+
+def finish(model: ir.Model, vocab: int, *, int4: bool) -> quantize.Report | None:
+    """Turn a traced and fused step into the graph that is run on CUDA, in place; a report where it was quantized."""
+    report = quantize_products(model, vocab) if int4 else None
+    sampler.append_choice(model, vocab)
+    prepare(model)
+    return report
 
 
 def prepare(model: ir.Model) -> None:

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from export.cache import Dialect, Layer
 from export.errors import UnsupportedModel
 from export.operators import TRANSLATIONS
-from export.step import StepModule, Survey, prepare
+from export.step import StepModule, Survey, in_dtype, prepare
 from export.survey import probe_tokens, survey
 
-__all__ = ["Layer", "Survey", "prepare", "probe_tokens", "survey", "trace"]
+__all__ = ["Layer", "Survey", "in_dtype", "prepare", "probe_tokens", "survey", "trace"]
 
 _LONGEST_REASON = 300
 """Characters of an exporter's error that are worth reading."""

@@ -1,5 +1,6 @@
 """A model's forward pass as one step: new tokens in, logits of chosen rows and updated KV slots out."""
 
+import copy
 import inspect
 import operator
 from collections.abc import Iterator
@@ -96,6 +97,21 @@ class StepModule(torch.nn.Module):
     def _tables(self) -> dict[int, int]:
         # By identity, and looked up in each run: the exporter puts other tensors in the weights' places.
         return {id(operator.attrgetter(name)(self.model)): offset for name, offset in self.survey.tables.items()}
+
+
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy of `model` with its weights in `dtype`, as transformers loads one; the same model where they are.
+
+    What is no weight keeps its type: rotary frequencies, rounded to 16 bits, would turn a thousandth position by a wrong angle.
+    """
+    if model.dtype == dtype:
+        return model
+    made = copy.deepcopy(model)
+    weights = made.state_dict(keep_vars=True).values()
+    for tensor in (*made.parameters(), *weights):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return made
 
 
 class _RealIndexing(TorchFunctionMode):
