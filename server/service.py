@@ -17,7 +17,7 @@ from server.engine_client import EngineClient
 from server.errors import ApiError, bad_request, unavailable
 from server.generation import Generation, sampling
 from server.metrics import Metrics
-from server.replicas import Replica, least_busy
+from server.replicas import Prompts, Replica, choose, least_busy
 
 LONG_TEXT = 10_000
 """Characters from which text is tokenized in a thread, so that the streams do not wait for it."""
@@ -38,6 +38,7 @@ class Service:
     def __post_init__(self) -> None:
         """Begin to count."""
         self.metrics = Metrics(self.replicas)
+        self._prompts = Prompts()
 
     @property
     def fingerprint(self) -> str:
@@ -100,7 +101,7 @@ class Service:
         `prediction` is what the client expects as the answer. Raises ApiError: 400 if the prompt is empty, or has no room
         in the context together with max_tokens; 503.
         """
-        client, ready = self._connection()
+        client, ready = self._connection(prompt)
         wanted = Generate(
             id="",
             prompt=prompt,
@@ -118,10 +119,10 @@ class Service:
         connection = least_busy(self.replicas)
         return None if connection is None else connection[0]
 
-    def _connection(self) -> tuple[EngineClient, Ready]:
+    def _connection(self, prompt: Sequence[int] = ()) -> tuple[EngineClient, Ready]:
         if self.draining:
             raise unavailable("The server is shutting down.")
-        connection = least_busy(self.replicas)
+        connection = choose(self.replicas, self._prompts, prompt)
         if connection is None:
             raise unavailable("The engine is not ready: it is loading or being restarted. Try again in a moment.")
         return connection

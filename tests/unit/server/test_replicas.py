@@ -23,7 +23,7 @@ from runtime.messages import Generate, Ready
 from runtime.text import Text
 from server import serve, workers
 from server.engine_client import EngineClient
-from server.replicas import Replicas, in_flight, least_busy
+from server.replicas import Prompts, Replicas, choose, in_flight, least_busy
 from server.workers import Worker, WorkerHopelessError
 from tests.unit.server.house import service_for, serving
 from tests.unit.server.scripted import READY, Attached, ScriptedWorker
@@ -120,6 +120,36 @@ async def test_none_waits_for_a_slot_while_another_device_has_a_free_one(tmp_pat
         with ExitStack() as requests:
             assert [place(requests, replicas) for _ in range(5)] == ["cuda:0", *["cuda:1"] * 4]
             assert [place(requests, replicas) for _ in range(4)] == ["cuda:0", "cuda:1"] * 2, "from here on they wait"
+
+
+async def test_a_prompt_follows_the_one_that_began_alike_while_there_is_a_slot(tmp_path: Path, text: Text) -> None:
+    prompts, story = Prompts(), list(range(100))
+
+    def sent(prompt: list[int], requests: ExitStack) -> str:
+        connection = choose(replicas, prompts, prompt)
+        assert connection is not None
+        requests.enter_context(connection[0].generate(Generate("", prompt, max_tokens=9)))
+        return next(replica.device for replica in replicas if replica.client is connection[0])
+
+    async with attached(tmp_path, text, 2, 3) as replicas:
+        with ExitStack() as requests:
+            assert sent([7] * 50, requests) == "cuda:0"
+            with ExitStack() as first:
+                assert sent(story, first) == "cuda:1"
+            assert sent([9, *story], requests) == "cuda:1", "a prompt of its own goes where the fewest are"
+            assert sent([*story[:70], 5], requests) == "cuda:1", "though cuda:0 has no more to do"
+            assert sent([*story[:20], 5], requests) == "cuda:0", "too little in common"
+            assert sent(story, requests) == "cuda:1"
+            assert sent(story, requests) == "cuda:0", "rather than waiting for a slot"
+
+
+def test_only_so_many_beginnings_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.replicas._REMEMBERED", 3)
+    prompts = Prompts()
+    for number in range(5):
+        prompts.send([number] * 40, f"cuda:{number}")
+    assert [prompts.holder([number] * 40) for number in range(5)] == [None, None, "cuda:2", "cuda:3", "cuda:4"]
+    assert prompts.holder([4] * 32) is None, "a prompt's last token is always computed"
 
 
 async def test_one_that_is_not_ready_gets_nothing(tmp_path: Path, text: Text) -> None:
