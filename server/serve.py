@@ -12,6 +12,7 @@ from runtime import bundle as bundles
 from runtime import devices
 from runtime.bundle import MANIFEST, Bundle, BundleError, Variant
 from runtime.devices import Device, DeviceError
+from server import settings
 from server.process import EngineProcess, ServeError, command
 
 CONTEXT = 4096
@@ -26,6 +27,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     parser.description = "Serve an engine bundle over HTTP, with OpenAI's API and a plainer one of its own."
     parser.epilog = "Stop it with Ctrl-C or SIGTERM: running answers get 10 seconds to finish, a second signal ends them."
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        action=settings.FromToml,
+        help="a TOML file with these options as its keys; what stands after it on the command line has the last word",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=8000, help="port to listen on, 0 takes a free one (default: %(default)s)")
     parser.add_argument("--model", help="a bundle's name, or its folder (default: the first in --engines)")

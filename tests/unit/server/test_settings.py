@@ -1,0 +1,85 @@
+"""`engineshed serve --config`: a file instead of options, checked as they are."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from server import serve
+
+EXAMPLE = Path(__file__).parents[3] / "docs" / "serve.toml"
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    serve.configure(parser)
+    return parser.parse_args(arguments)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit):
+        parsed(*arguments)
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return tmp_path / "serve.toml"
+
+
+def test_the_documented_file_says_what_holds_without_it() -> None:
+    told, plain = vars(parsed(f"--config={EXAMPLE}")), vars(parsed("--model=smollm2-135m-instruct"))
+    assert told | {"config": None} == plain
+
+
+def test_every_key_of_the_documented_file_is_taken_also_those_that_are_commented_out(tmp_path: Path) -> None:
+    keys = {option.removeprefix("--").replace("-", "_") for option in _options()} - {"help", "config"}
+    named = {line.lstrip("# ").partition(" =")[0] for line in EXAMPLE.read_text().splitlines() if " = " in line}
+    assert named - keys == set()
+    whole = tmp_path / "all.toml"
+    lines = (line.removeprefix("# ") for line in EXAMPLE.read_text().splitlines() if " = " in line)
+    whole.write_text("\n".join(lines))
+    assert parsed(f"--config={whole}").build_on_load is True
+
+
+def _options() -> list[str]:
+    parser = argparse.ArgumentParser()
+    serve.configure(parser)
+    return [option for option in parser.format_help().replace(",", " ").split() if option.startswith("--")]
+
+
+def test_kinds_of_values(config: Path) -> None:
+    config.write_text(
+        'port = 9\nslots = 3\ngpu_memory = 0.5\nno_speculation = true\nbuild_on_load = false\ndevice = ["cpu", "cpu"]\n'
+    )
+    args = parsed(f"--config={config}")
+    assert (args.port, args.slots, args.gpu_memory, args.no_speculation, args.build_on_load) == (9, 3, 0.5, True, False)
+    assert [str(device) for device in args.device] == ["cpu", "cpu"]
+
+
+def test_what_stands_after_it_has_the_last_word(config: Path) -> None:
+    config.write_text("port = 9\nslots = 3\n")
+    args = parsed("--port=7", f"--config={config}", "--slots=5")
+    assert (args.port, args.slots) == (9, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("colour = 'red'", "has a key 'colour' that is no option"),
+        ("slot = 3", "has a key 'slot' that is no option"),
+        ("slots = 0", "argument --slots: 0 is less than 1"),
+        ("slots = 'many'", "argument --slots: 'many' is no whole number"),
+        ("device = ['gpu']", "argument --device: 'gpu' is no device"),
+        ("config = 'other.toml'", "has a key 'config' that is no option"),
+        ("port = ", "is no TOML"),
+        ("'--host' = 'x'", "that is no option"),
+    ],
+)
+def test_a_mistake_is_named_with_its_key(config: Path, text: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(text)
+    assert sentence in refused(capsys, f"--config={config}")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "none.toml cannot be read: No such file" in refused(capsys, f"--config={tmp_path / 'none.toml'}")
