@@ -39,6 +39,7 @@ COMMANDS = {
     "chat": Command("server.chat", "chat with a running server in the terminal"),
     "bench": Command("bench.cli", "measure an engine's or a server's latency and throughput"),
     "engines": Command("server.engines", "list the bundles that have been built"),
+    "keys": Command("server.keys_cli", "make, list and remove the server's API keys"),
     "devices": Command("server.devices", "show the CPU, the GPUs, and what can run on them"),
 }
 

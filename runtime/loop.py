@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,8 +10,9 @@ import numpy as np
 
 from runtime.draft import Drafter
 from runtime.engine import Batch, DeviceLost, Draw, Engine
-from runtime.messages import Finish, Generate, Refused, Row
+from runtime.messages import PRIORITIES, Finish, Generate, Refused, Row
 from runtime.pace import Pace
+from runtime.queue import Deadlines, Queue
 from runtime.sampling import draw
 from runtime.sequence import Sequence
 from runtime.slots import Slots
@@ -23,6 +23,10 @@ T = TypeVar("T")
 
 BUDGET_CHUNKS = 2
 """Steps full of prompt tokens after which the running streams get their next token, at most."""
+QUEUE_FILLS = 8
+"""How often the tokens that may wait by default would fill every slot to its end. Whoever is last then waits for about as many
+tokens a slot with one slot as with 64, whereas the same number for both would be hours for the one and nothing for the other.
+With 8 slots it is what 64 requests can come to at most, which is how many may wait by default."""
 _TILE = 16
 
 
@@ -41,6 +45,14 @@ class Counters:
     accepted_tokens: int = 0
     """Of these, the right ones; they are among the generated tokens."""
     step_seconds: float = 0.0
+    decode_steps: int = 0
+    """Of the steps, those that gave every row its next token."""
+    rows: int = 0
+    """Rows of these, without those that only came along."""
+    queue_seconds: float = 0.0
+    """That requests waited for a slot, whether they got one or not; without those that still wait."""
+    timeouts: int = 0
+    """Requests that ran out of time."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +64,26 @@ class News:
 
 
 class Loop:
-    """Continuous batching over the slots of `engine`: prompts are prefilled in chunks, running sequences decode together."""
+    """Continuous batching over the slots of `engine`: prompts are prefilled in chunks, running sequences decode together.
+
+    `queue` requests may wait for a slot, and `queue_tokens` tokens of theirs, prompts and the longest possible answers together
+    (0: `QUEUE_FILLS`). `clock` gives the seconds that requests' time limits are counted in.
+    """
 
     def __init__(
         self,
         engine: Engine,
         *,
         queue: int,
+        queue_tokens: int = 0,
         prefill_budget: int | None = None,
         speculation: bool = True,
         drafter: Drafter | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
         self.queue = queue
+        self.queue_tokens = queue_tokens or QUEUE_FILLS * engine.slots * engine.context
         self.prefill_budget = BUDGET_CHUNKS * engine.chunk if prefill_budget is None else prefill_budget
         self.speculation = speculation
         self.drafter = drafter
@@ -72,7 +91,9 @@ class Loop:
         self.slots = Slots(engine.slots, [engine] if drafter is None else [engine, drafter])
         self._pace = Pace()
         self._iteration = 0
-        self._waiting: deque[Sequence] = deque()
+        self._clock = clock
+        self._waiting = Queue(engine.context)
+        self._deadlines = Deadlines()
         self._by_key: dict[tuple[bytes, str], Sequence] = {}
 
     @property
@@ -84,6 +105,11 @@ class Loop:
     def waiting(self) -> int:
         """Sequences that wait for a slot."""
         return len(self._waiting)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Of the sequences that wait for a slot: prompts and the longest answers that they may get, together."""
+        return self._waiting.tokens
 
     @property
     def busy(self) -> bool:
@@ -99,11 +125,12 @@ class Loop:
 
     def submit(self, owner: bytes, request: Generate) -> Refused | None:
         """Queue `request`, or say why not."""
-        refused = self._refusal(owner, request)
+        sequence = Sequence(owner, request, self._clock())
+        refused = self._refusal(sequence)
         if refused is None:
-            sequence = Sequence(owner, request)
             self._by_key[sequence.key] = sequence
-            self._waiting.append(sequence)
+            self._waiting.push(sequence)
+            self._deadlines.watch(sequence)
         return refused
 
     def cancel(self, owner: bytes, request_id: str) -> News | None:
@@ -116,8 +143,9 @@ class Loop:
         for sequence in [s for s in self._by_key.values() if s.owner == owner]:
             self._end(sequence, "cancelled")
 
-    def _refusal(self, owner: bytes, request: Generate) -> Refused | None:
-        length, context = len(request.prompt), self.engine.context
+    def _refusal(self, sequence: Sequence) -> Refused | None:
+        request, context = sequence.request, self.engine.context
+        length = len(request.prompt)
         if length >= context:
             message = f"the prompt has {length} tokens; the context holds {context}, prompt and answer together"
             return Refused(request.id, "prompt too long", message)
@@ -129,24 +157,47 @@ class Loop:
         if len(request.prediction) > context:
             message = f"the prediction has {len(request.prediction)} tokens; the context holds {context}"
             return Refused(request.id, "bad request", message)
-        if (owner, request.id) in self._by_key:
+        if request.priority not in PRIORITIES:
+            message = f"priority is {request.priority}; it goes from {PRIORITIES[0]} to {PRIORITIES[-1]}"
+            return Refused(request.id, "bad request", message)
+        if not (request.queue_seconds >= 0 and request.total_seconds >= 0):  # of NaN neither is true
+            return Refused(request.id, "bad request", "queue_seconds and total_seconds are 0, for no limit, or more")
+        if sequence.key in self._by_key:
             return Refused(request.id, "bad request", f"request {request.id!r} is running already")
-        if len(self._waiting) >= self.queue + self.slots.free:
-            return Refused(request.id, "queue full", f"{len(self._waiting)} requests wait already")
+        full = self._full(sequence.most(context))
+        return None if full is None else Refused(request.id, "queue full", full)
+
+    def _full(self, tokens: int) -> str | None:
+        """Why a request of up to `tokens` tokens cannot wait; None where it can. Those for whom a slot is free do not wait."""
+        requests, free = len(self._waiting), self.slots.free
+        if requests >= self.queue + free:
+            return f"{requests} requests wait already"
+        if requests > free and self._waiting.tokens + tokens > self.queue_tokens + free * self.engine.context:
+            return (
+                f"{requests} requests wait already and come to {self._waiting.tokens} tokens, prompts and max_tokens together; "
+                f"with the {tokens} of this one that is more than the {self.queue_tokens} that may wait"
+            )
         return None
 
     # One iteration -------------------------------------------------------------------------------------------------
 
     def step(self) -> list[News]:
-        """Verify guesses and prefill within the budget, decode everyone else by one token, and report what is new."""
+        """End what is out of time, verify guesses, prefill within the budget, decode everyone else by a token: what is new."""
         self._iteration += 1
+        news = self._expire()
         start = time.perf_counter()
         plain = self._plain_cost()
         plans = {sequence: plan for sequence in self.slots.decoding if (plan := self._plan(sequence, plain)).count}
-        news = self._verify_some(plans)
+        news += self._verify_some(plans)
         news += self._prefill(time.perf_counter() - start)
         news += self._decode([sequence for sequence in self.slots.decoding if sequence not in plans])
         return news
+
+    def _expire(self) -> list[News]:
+        now = self._clock()
+        late = self._deadlines.expired(now)
+        self.counters.timeouts += len(late)
+        return [self._end(sequence, "timeout", sequence.timeout(now)) for sequence in late]
 
     def _prefill(self, spent: float) -> list[News]:
         """Compute prompts; the running streams have been held up for `spent` seconds already."""
@@ -156,7 +207,7 @@ class Loop:
             if self.slots.prefilling is None:
                 if not self._waiting or not self.slots.free:
                     break
-                self._start(self._waiting.popleft())
+                self._start(self._waiting.pop())
             sequence = self.slots.prefilling
             assert sequence is not None
             chunk = _chunk(sequence.prompt_left, min(max(budget, _TILE), self.engine.chunk))
@@ -166,6 +217,8 @@ class Loop:
 
     def _start(self, sequence: Sequence) -> None:
         self.slots.start(sequence)
+        sequence.started = self._clock()
+        self.counters.queue_seconds += sequence.started - sequence.arrived
         self.counters.cached_tokens += sequence.cached
 
     def _prefill_chunk(self, sequence: Sequence, size: int) -> list[News]:
@@ -212,6 +265,8 @@ class Loop:
         if isinstance(outcome, list):
             return outcome
         self._pace.decoded(time.perf_counter() - start)
+        self.counters.decode_steps += 1
+        self.counters.rows += len(sequences)
         for sequence in sequences:  # before the first of them ends and others take its slot
             sequence.computed = sequence.length
         return [self._take(sequence, [token], [logprob]) for sequence, token, logprob in zip(sequences, *outcome, strict=True)]
@@ -342,10 +397,11 @@ class Loop:
         sequence.finish = finish
         cached = sequence.cached if len(sequence.tokens) <= 1 else 0  # told once, in the first row
         del self._by_key[sequence.key]
-        if sequence.slot >= 0:
+        self._waiting.end(sequence)
+        if sequence.started is not None:
             self.slots.release(sequence)
         else:
-            self._waiting.remove(sequence)
+            self.counters.queue_seconds += self._clock() - sequence.arrived
         return News(sequence.owner, Row(sequence.request.id, tokens or [], logprobs or [], finish, cached, message))
 
 

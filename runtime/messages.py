@@ -10,11 +10,14 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 1
+PROTOCOL = 2
 HEARTBEAT_SECONDS = 1.0
 """A worker sends a `Heartbeat` to each attached front end at least this often, also while it is idle."""
 
-Finish = Literal["stop", "length", "cancelled", "error"]
+PRIORITIES = range(-100, 101)
+"""What `Generate.priority` may be."""
+
+Finish = Literal["stop", "length", "cancelled", "error", "timeout"]
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -56,6 +59,14 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     """Guess tokens and verify several in one step where that is faster."""
     prediction: list[int] = []
     """What the answer is expected to be, for the guesses' sake."""
+    client: str = ""
+    """Who asks: any name, the same for all requests of one API key. Clients share the slots; see `runtime.queue`."""
+    priority: int = 0
+    """One of `PRIORITIES`: while a request of a smaller one waits, none of a greater one gets a slot."""
+    queue_seconds: float = 0.0
+    """How long it may wait for a slot, from its arrival at the worker; 0: without limit. Ends with finish "timeout"."""
+    total_seconds: float = 0.0
+    """How long it may take from its arrival to its last token; 0: without limit. Ends with finish "timeout"."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -104,7 +115,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     cached: int = 0
     """Prompt tokens whose keys and values were reused instead of computed."""
     message: str = ""
-    """With finish "error": what happened."""
+    """With finish "error": what happened; with "timeout": which limit was reached, and how long it waited."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -133,6 +144,16 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """Of these, the right ones."""
     step_seconds: float
     """Time spent inside the engine since the start."""
+    decode_steps: int = 0
+    """Of the steps, those that gave every row its next token; `rows` / `decode_steps` is the mean batch."""
+    rows: int = 0
+    """Rows of the decode steps since the start."""
+    waiting_tokens: int = 0
+    """Of the waiting requests: prompts and the longest answers that they may get, together."""
+    queue_seconds: float = 0.0
+    """Time that requests waited for a slot since the start, whether they got one or not; without those that still wait."""
+    timeouts: int = 0
+    """Requests that ran out of time since the start."""
 
 
 Reply = Ready | Refused | Progress | Heartbeat

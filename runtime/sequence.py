@@ -1,5 +1,6 @@
 """One request on its way through the engine."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,6 +18,10 @@ class Sequence:
     owner: bytes
     """The front end that asked; with `request.id` it names the sequence."""
     request: Generate
+    arrived: float = 0.0
+    """Seconds by the loop's clock."""
+    started: float | None = None
+    """When it was given a slot, by the same clock; None while it waits."""
     slot: int = -1
     computed: int = 0
     """Tokens whose keys and values stand in the slot."""
@@ -55,6 +60,32 @@ class Sequence:
     def prompt_left(self) -> int:
         """Prompt tokens that are not computed yet."""
         return max(0, len(self.prompt) - self.computed)
+
+    @property
+    def served(self) -> int:
+        """Tokens that the engine worked on for it: computed prompt tokens and the answer's."""
+        return min(self.computed, len(self.prompt)) - self.cached + len(self.tokens)
+
+    @property
+    def deadline(self) -> float:
+        """When its time is up, by the loop's clock: that of waiting while it waits, that of everything; inf where unlimited."""
+        request = self.request
+        end = self.arrived + (request.total_seconds or math.inf)
+        return end if self.started is not None else min(end, self.arrived + (request.queue_seconds or math.inf))
+
+    def timeout(self, now: float) -> str:
+        """Which limit it has reached at `now`, its deadline or later, in a sentence for whoever asked."""
+        request = self.request
+        taken, total = now - self.arrived, f"its limit for everything is {request.total_seconds:g} s (total_seconds)"
+        if self.started is not None:
+            return f"the request took {taken:.2f} s, {self.started - self.arrived:.2f} s of them waiting for a slot; {total}"
+        waiting = f"its limit for waiting is {request.queue_seconds:g} s (queue_seconds)"
+        queued = now >= self.arrived + (request.queue_seconds or math.inf)
+        return f"the request waited {taken:.2f} s for a slot; {waiting if queued else total}"
+
+    def most(self, context: int) -> int:
+        """Tokens that it has at the end if nothing cuts the answer short: prompt and answer together."""
+        return min(len(self.request.prompt) + self.request.max_tokens, context)
 
     def accept(self, token: int, context: int) -> bool:
         """Take the engine's next token; sets `finish` when it was the last. False when the token ends the answer unseen."""

@@ -118,6 +118,16 @@ class TextStream:
         """The text that `tokens` made certain: whole characters, none of which can belong to a stop string."""
         return self._until_stop(self._characters.decode(b"".join(map(self._piece, tokens))))
 
+    def take(self, tokens: Sequence[int]) -> tuple[str, int]:
+        """What `push` gives, and how many of `tokens` that took: the ones behind a stop string are not looked at."""
+        if not self._stops:
+            return self.push(tokens), len(tokens)
+        text, taken = "", 0
+        while taken < len(tokens) and not self.stopped:
+            text += self.push(tokens[taken : taken + 1])
+            taken += 1
+        return text, taken
+
     def finish(self) -> str:
         """The text that was held back, to be called when generation has ended; half a character comes out as U+FFFD."""
         text = self._until_stop(self._characters.decode(b"", final=True)) + self._held

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import zmq
 
-from runtime import devices, messages
+from runtime import devices, logs, messages
 from runtime.bundle import Bundle, BundleError, Variant, read
 from runtime.devices import DeviceError
 from runtime.draft import Drafter
 from runtime.engine import DeviceLost, Engine, EngineError
 from runtime.loading import CPU_SLOTS, GPU_MEMORY, MOST_SLOTS, Placement, default_cache, start
-from runtime.loop import Loop, News
+from runtime.loop import QUEUE_FILLS, Loop, News
 from runtime.messages import Attach, Cancel, Generate, Heartbeat, Progress, Ready
 
 log = logging.getLogger("engineshed.worker")
@@ -113,6 +113,7 @@ class Worker:
         beat = Heartbeat(
             running=self._loop.running,
             waiting=self._loop.waiting,
+            waiting_tokens=self._loop.waiting_tokens,
             kv_tokens=self._loop.kv_tokens,
             **asdict(self._loop.counters),
         )
@@ -132,6 +133,13 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--context", type=int, help="tokens a slot holds (default: what the model was made for)")
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait for a slot (default 64)")
+    parser.add_argument(
+        "--queue-tokens",
+        type=int,
+        default=0,
+        help="tokens that may wait, prompts and the longest answers together; who finds nobody waiting is taken in any case "
+        f"(default 0: {QUEUE_FILLS} x slots x context)",
+    )
     parser.add_argument("--prefill-budget", type=int, help="prompt tokens between two decode steps (default: two full steps)")
     parser.add_argument("--no-speculation", action="store_true", help="never guess tokens to verify several in one step")
     parser.add_argument("--draft", type=Path, help="folder of a smaller model's bundle with the same tokenizer, to guess with")
@@ -151,6 +159,7 @@ def _arguments() -> argparse.Namespace:
         "--cache", type=Path, default=default_cache(), help="folder for what is built on load (default %(default)s)"
     )
     parser.add_argument("--socket", required=True, help="ZeroMQ address to bind, as ipc:///run/engine.sock")
+    parser.add_argument("--log-format", default="text", choices=logs.FORMATS)
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser.parse_args()
 
@@ -194,7 +203,7 @@ def main() -> int:
     """The process: load, bind, serve until the parent's pipe closes. Exit status 2 when the engine cannot be loaded."""
     arguments = _arguments()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
-    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.setup(arguments.log_level, arguments.log_format)
     try:
         manifest, variant, engine, drafter = _load(arguments)
     except (BundleError, DeviceError, EngineError) as error:
@@ -212,6 +221,7 @@ def main() -> int:
     loop = Loop(
         engine,
         queue=arguments.queue,
+        queue_tokens=arguments.queue_tokens,
         prefill_budget=arguments.prefill_budget,
         speculation=not arguments.no_speculation,
         drafter=drafter,

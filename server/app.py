@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from server import generate, openai
+from runtime import logs
+from server import cors, generate, journal, openai, openapi
+from server.access import ACCESS, CLIENT, Access, Client, identify
 from server.bodies import MAX_BODY
 from server.errors import ApiError
 from server.metrics import CONTENT_TYPE
@@ -21,10 +22,12 @@ http_log = logging.getLogger(f"{__name__}.http")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def build(service: Service) -> web.Application:
-    """The application that serves `service`."""
-    app = web.Application(middlewares=[_count, _tell_errors], client_max_size=MAX_BODY)
+def build(service: Service, access: Access | None = None) -> web.Application:
+    """The application that serves `service` to those that `access` lets in."""
+    app = web.Application(middlewares=[_account, _answer_preflight, _tell_errors, _identify], client_max_size=MAX_BODY)
     app[SERVICE] = service
+    app[ACCESS] = Access() if access is None else access
+    app.on_response_prepare.append(_mark)
     app.add_routes(
         [
             web.post("/v1/chat/completions", openai.chat_completions),
@@ -35,6 +38,7 @@ def build(service: Service) -> web.Application:
             web.get("/healthz", health),
             web.get("/readyz", readiness),
             web.get("/metrics", metrics),
+            web.get("/openapi.json", openapi.openapi),
         ]
     )
     return app
@@ -62,11 +66,15 @@ async def metrics(request: web.Request) -> web.Response:
 
 
 @web.middleware
-async def _count(request: web.Request, handler: Handler) -> web.StreamResponse:
-    request[ARRIVED] = time.perf_counter()
+async def _account(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Count the request and log it at its end, and let every line that is logged until then have its id."""
+    entry = journal.open_entry(request)
+    request[ARRIVED] = entry.arrived
+    token = logs.request_id.set(entry.id)
     status = 500
     try:
         response = await handler(request)
+        entry.begin()  # A whole answer is sent once this has returned.
         status = request.get(STATUS, response.status)
         return response
     except (asyncio.CancelledError, ConnectionError):
@@ -76,6 +84,26 @@ async def _count(request: web.Request, handler: Handler) -> web.StreamResponse:
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "unknown"
         request.app[SERVICE].metrics.requests.labels(route, status).inc()
+        entry.write(request.method, route, status, request.get(CLIENT, Client()).name)
+        logs.request_id.reset(token)
+
+
+@web.middleware
+async def _answer_preflight(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Before keys are looked at: a browser sends none with it."""
+    answer = cors.preflight(request, request.app[ACCESS].origins)
+    return await handler(request) if answer is None else answer
+
+
+@web.middleware
+async def _identify(request: web.Request, handler: Handler) -> web.StreamResponse:
+    request[CLIENT] = identify(request, request.app[ACCESS])
+    return await handler(request)
+
+
+async def _mark(request: web.Request, response: web.StreamResponse) -> None:
+    journal.mark(request, response)
+    cors.mark(request, response, request.app[ACCESS].origins)
 
 
 @web.middleware

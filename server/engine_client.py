@@ -37,6 +37,10 @@ class RequestFailedError(Exception):
     """The engine failed on a request that it had taken."""
 
 
+class RequestTimedOutError(Exception):
+    """The request's own limit of time, to wait or altogether, is over."""
+
+
 class SlowReaderError(Exception):
     """The answer's reader fell more than PENDING_TOKENS behind."""
 
@@ -203,6 +207,8 @@ class EngineClient:
         match row.finish:
             case "error":
                 answer.fail(RequestFailedError(row.message))
+            case "timeout":
+                answer.fail(RequestTimedOutError(row.message))
             case "cancelled":
                 answer.fail(EngineUnavailableError("the engine stopped before the answer was complete"))
             case _:

@@ -70,3 +70,14 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 def unavailable(message: str) -> ApiError:
     """The engine cannot answer now; the same request may succeed in a while."""
     return ApiError(503, message, code="engine_unavailable", headers={"Retry-After": "1"})
+
+
+def unauthorized(message: str, *, wrong: bool = False) -> ApiError:
+    """The request bears no API key, or with `wrong` one that is not known."""
+    challenge = 'Bearer realm="engineshed"' + (', error="invalid_token"' if wrong else "")
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": challenge})
+
+
+def forbidden(message: str) -> ApiError:
+    """The request's key does not open the route."""
+    return ApiError(403, message, code="admin_required")

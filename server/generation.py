@@ -2,7 +2,6 @@
 
 import secrets
 import time
-from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -14,6 +13,7 @@ from server.engine_client import (
     EngineUnavailableError,
     RequestFailedError,
     RequestRefusedError,
+    RequestTimedOutError,
     Rows,
     SlowReaderError,
 )
@@ -38,15 +38,12 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: PromptDetails
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True):
     """Text that can be sent, and the tokens that completed it; text is empty only in a last piece."""
 
     text: str
     tokens: list[int]
     logprobs: list[float]
-    usage: Usage
-    """Up to here."""
 
 
 class Generation:
@@ -69,7 +66,7 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """The tokens so far."""
+        """The tokens up to the last piece that was given, and with it."""
         prompt, completion = self._prompt_tokens, self._completion_tokens
         return Usage(prompt, completion, prompt + completion, PromptDetails(self._cached))
 
@@ -85,11 +82,15 @@ class Generation:
                 if not self._tokens:
                     raise StopAsyncIteration
                 break
-            for row in await self._rows():
+            try:
+                rows = await self._answer.rows()
+            except _ENDINGS as error:
+                raise _told(error) from None
+            for row in rows:
                 text += self._take(row)
-        tokens, self._tokens = self._tokens, []
-        logprobs, self._logprobs = self._logprobs, []
-        return Piece(text, tokens, logprobs, self.usage)
+        piece = Piece(text, self._tokens, self._logprobs)
+        self._tokens, self._logprobs = [], []
+        return piece
 
     async def whole(self) -> Piece:
         """All that is left of the answer in one piece."""
@@ -98,31 +99,13 @@ class Generation:
             "".join(piece.text for piece in pieces),
             [token for piece in pieces for token in piece.tokens],
             [logprob for piece in pieces for logprob in piece.logprobs],
-            self.usage,
         )
-
-    async def _rows(self) -> list[Row]:
-        try:
-            return await self._answer.rows()
-        except RequestRefusedError as error:
-            if error.reason == "queue full":
-                raise ApiError(429, str(error), code="queue_full", headers={"Retry-After": "1"}) from None
-            raise bad_request(str(error)) from None
-        except EngineUnavailableError as error:
-            raise unavailable(str(error)) from None
-        except RequestFailedError as error:
-            raise ApiError(500, str(error), code="engine_error") from None
-        except SlowReaderError as error:
-            raise ApiError(408, str(error), code="slow_reader") from None
 
     def _take(self, row: Row) -> str:
         """Count a row's tokens and give the text that they complete."""
         if self.finish_reason is not None:
             return ""
-        text, taken = "", 0
-        while taken < len(row.tokens) and not self._text.stopped:
-            text += self._text.push(row.tokens[taken : taken + 1])
-            taken += 1
+        text, taken = self._text.take(row.tokens)
         self._tokens += row.tokens[:taken]
         self._logprobs += row.logprobs[:taken]
         self._count(row, taken)
@@ -145,11 +128,30 @@ class Generation:
         if self._last_token is None:
             self._metrics.first_token.observe(now - self._arrived)
         else:
-            for _ in range(tokens):
-                self._metrics.inter_token.observe((now - self._last_token) / tokens)
+            self._metrics.inter_token.observe((now - self._last_token) / tokens, tokens)
         self._last_token = now
         self._completion_tokens += tokens
         self._metrics.generated_tokens.inc(tokens)
+
+
+_ENDINGS = (RequestRefusedError, EngineUnavailableError, RequestFailedError, RequestTimedOutError, SlowReaderError)
+
+
+def _told(error: Exception) -> ApiError:
+    """What the client is told of an answer that ended without a finish reason, by one of `_ENDINGS`."""
+    match error:
+        case RequestRefusedError(reason="queue full"):
+            return ApiError(429, str(error), code="queue_full", headers={"Retry-After": "1"})
+        case RequestRefusedError():
+            return bad_request(str(error))
+        case EngineUnavailableError():
+            return unavailable(str(error))
+        case RequestTimedOutError():
+            return ApiError(504, str(error), code="timeout")
+        case SlowReaderError():
+            return ApiError(408, str(error), code="slow_reader")
+        case _:
+            return ApiError(500, str(error), code="engine_error")
 
 
 def sampling(body: GenerationBody) -> Sampling:

@@ -1,8 +1,10 @@
 """The HTTP server from the first byte that it listens for to the last that it sends."""
 
 import asyncio
+import gc
 import logging
 import signal
+import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,10 +14,14 @@ from yarl import URL
 
 from runtime.bundle import Bundle, Variant
 from runtime.text import Text
-from server import app
+from server import app, cors
+from server.access import Access
+from server.doors import Doors, Limits
+from server.keys import Keys
 from server.process import EngineProcess, ServeError
 from server.replicas import Replicas, in_flight
 from server.service import Service
+from server.tls import ssl_context
 from server.workers import Worker
 
 DRAIN_SECONDS = 10.0
@@ -29,8 +35,8 @@ class ListenError(ServeError):
 
 
 def run(
-    host: str,
-    port: int,
+    doors: Doors,
+    limits: Limits,
     folder: Path,
     bundle: Bundle,
     variant: Variant,
@@ -40,18 +46,36 @@ def run(
     """Serve `variant` of the bundle in `folder` until SIGINT or SIGTERM, the first of which may be in `stops` by now.
 
     Its engines are `processes`, running ones by the names of their devices, and after the death of one another of its command.
-    Raises BundleError, ServeError.
+    SIGHUP has the keys read again. Raises BundleError, ServeError.
     """
-    workers = [Worker(process.command, device=device, first=process) for device, process in processes.items()]
-    uvloop.run(_serve(host, port, Service(bundle, variant, Text.load(folder, bundle), workers), workers, stops))
-
-
-async def _serve(host: str, port: int, service: Service, workers: Sequence[Worker], stops: Sequence[int]) -> None:
-    signals = _Signals(stops)
-    runner = app.runner(app.build(service))
-    await runner.setup()
     try:
-        url = await _listen(runner, host, port)
+        origins = frozenset(map(cors.parse, doors.origins))
+    except cors.OriginError as error:
+        raise ServeError(f"--cors-origin: {error}") from None
+    access = Access(None if doors.keys is None else Keys(doors.keys), origins, doors.protect_metrics)
+    tls = None
+    if doors.certificate is not None and doors.certificate_key is not None:
+        tls = ssl_context(doors.certificate, doors.certificate_key)
+    workers = [Worker(process.command, device=device, first=process) for device, process in processes.items()]
+    text = Text.load(folder, bundle)
+    service = Service(bundle, variant, text, workers, limits.queue_seconds, limits.total_seconds)
+    uvloop.run(_serve(doors, tls, access, service, workers, stops))
+
+
+async def _serve(
+    doors: Doors,
+    tls: ssl.SSLContext | None,
+    access: Access,
+    service: Service,
+    workers: Sequence[Worker],
+    stops: Sequence[int],
+) -> None:
+    signals = _Signals(stops, access)
+    runner = app.runner(app.build(service, access))
+    await runner.setup()
+    calm_collector()
+    try:
+        url = await _listen(runner, doors.host, doors.port, tls)
         async with Replicas(workers) as replicas:
             await _until_stopped(url, replicas, signals)
             service.draining = True
@@ -62,13 +86,20 @@ async def _serve(host: str, port: int, service: Service, workers: Sequence[Worke
         await runner.cleanup()
 
 
-async def _listen(runner: web.AppRunner, host: str, port: int) -> URL:
+def calm_collector() -> None:
+    """Leave what was imported and loaded out of garbage collection, which would go through it while answers stream."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
+
+
+async def _listen(runner: web.AppRunner, host: str, port: int, tls: ssl.SSLContext | None) -> URL:
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(runner, host, port, ssl_context=tls).start()
     except OSError as error:
         raise ListenError(f"cannot listen on {host}:{port} ({error.strerror}); choose with --host and --port") from error
     address = runner.addresses[0]
-    return URL.build(scheme="http", host=address[0], port=address[1])
+    return URL.build(scheme="http" if tls is None else "https", host=address[0], port=address[1])
 
 
 async def _until_stopped(url: URL, replicas: Replicas, signals: "_Signals") -> None:
@@ -101,9 +132,11 @@ async def _announce(url: URL, replicas: Replicas) -> None:
 
 
 class _Signals:
-    """What SIGINT and SIGTERM have asked for, those in `before` among them."""
+    """What SIGINT and SIGTERM have asked for, those in `before` among them; and SIGHUP, which is obeyed at once."""
 
-    def __init__(self, before: Sequence[int]) -> None:
+    def __init__(self, before: Sequence[int], access: Access) -> None:
+        if access.keys is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, access.keys.reload)
         self.asked = asyncio.Event()
         self.hurry = False
         for number in (signal.SIGINT, signal.SIGTERM):

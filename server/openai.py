@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections.abc import Callable
 from typing import TypedDict
 
 import msgspec
@@ -30,6 +31,8 @@ from server.streaming import send
 
 DONE = b"data: [DONE]\n\n"
 
+_encode = msgspec.json.Encoder().encode
+
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Answer a chat, whole or as server-sent events."""
@@ -41,7 +44,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     prediction = await service.tokenize(expected, of="prediction", special=False) if expected else []
     with service.generate(request, body, prompt, of="messages", prediction=prediction) as generation:
         if body.stream:
-            return await send(request, generation, ChatStream(service, body))
+            return await send(request, generation, ChatStream(service, body, generation))
         piece = await generation.whole()
         choice = ChatChoice(
             AssistantMessage(piece.text),
@@ -59,7 +62,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     prompt = await _prompt(service, body.prompt)
     with service.generate(request, body, prompt, of="prompt") as generation:
         if body.stream:
-            return await send(request, generation, CompletionStream(service, body))
+            return await send(request, generation, CompletionStream(service, body, generation))
         piece = await generation.whole()
         choice = CompletionChoice(
             piece.text,
@@ -86,16 +89,17 @@ class _Events:
 
     content_type = "text/event-stream; charset=utf-8"
 
-    def __init__(self, service: Service, body: OpenAIBody, head: "_Head") -> None:
+    def __init__(self, service: Service, body: OpenAIBody, generation: Generation, prefix: str) -> None:
         self.text = service.text
-        self.head = head
+        self.head = _head(service, prefix)
         self.include_usage = body.include_usage
-        self._continuous_usage = body.continuous_usage
+        self.continuous_usage = body.continuous_usage
+        self._generation = generation
 
-    def usage(self, piece: Piece | None = None) -> Usage | UnsetType | None:
-        """What a chunk before the last says of the usage."""
-        if piece is not None and self._continuous_usage:
-            return piece.usage
+    def usage(self, so_far: bool = False) -> Usage | UnsetType | None:
+        """What a chunk before the last says of the usage; `so_far`, where it is wanted of every chunk with text."""
+        if so_far and self.continuous_usage:
+            return self._generation.usage
         return None if self.include_usage else UNSET
 
     def error(self, error: ApiError) -> bytes:
@@ -106,9 +110,10 @@ class _Events:
 class ChatStream(_Events):
     """A chat's answer in chunks."""
 
-    def __init__(self, service: Service, body: ChatBody) -> None:
-        super().__init__(service, body, _head(service, "chatcmpl"))
+    def __init__(self, service: Service, body: ChatBody, generation: Generation) -> None:
+        super().__init__(service, body, generation, "chatcmpl")
         self._logprobs = body.logprobs
+        self._plain = _Frame(lambda text: self._chunk(ChatDelta(Delta(content=text))))
 
     def begin(self) -> bytes:
         """The role."""
@@ -117,8 +122,13 @@ class ChatStream(_Events):
     def piece(self, piece: Piece) -> bytes:
         """The text, and its tokens if they are wanted."""
         if self._logprobs:
-            return self._chunk(ChatDelta(Delta(content=piece.text), logprobs=ChatLogprobs.of(piece, self.text)), piece)
-        return self._chunk(ChatDelta(Delta(content=piece.text)), piece) if piece.text else b""
+            logprobs = ChatLogprobs.of(piece, self.text)
+            return self._chunk(ChatDelta(Delta(content=piece.text), logprobs=logprobs), so_far=True)
+        if not piece.text:
+            return b""
+        if self.continuous_usage:
+            return self._chunk(ChatDelta(Delta(content=piece.text)), so_far=True)
+        return self._plain.around(piece.text)
 
     def end(self, generation: Generation) -> bytes:
         """The finish reason, the usage if it is wanted, and `[DONE]`."""
@@ -127,17 +137,18 @@ class ChatStream(_Events):
             last += _event(ChatChunk(**self.head, choices=[], usage=generation.usage))
         return last + DONE
 
-    def _chunk(self, choice: ChatDelta, piece: Piece | None = None) -> bytes:
-        return _event(ChatChunk(**self.head, choices=[choice], usage=self.usage(piece)))
+    def _chunk(self, choice: ChatDelta, so_far: bool = False) -> bytes:
+        return _event(ChatChunk(**self.head, choices=[choice], usage=self.usage(so_far)))
 
 
 class CompletionStream(_Events):
     """A completion in chunks."""
 
-    def __init__(self, service: Service, body: CompletionBody) -> None:
-        super().__init__(service, body, _head(service, "cmpl"))
+    def __init__(self, service: Service, body: CompletionBody, generation: Generation) -> None:
+        super().__init__(service, body, generation, "cmpl")
         self._logprobs = body.logprobs is not None
         self._offset = 0
+        self._plain = _Frame(lambda text: self._chunk(CompletionChoice(text)))
 
     def begin(self) -> bytes:
         """Nothing."""
@@ -145,10 +156,15 @@ class CompletionStream(_Events):
 
     def piece(self, piece: Piece) -> bytes:
         """The text, and its tokens if they are wanted."""
-        offset, self._offset = self._offset, self._offset + len(piece.text)
         if self._logprobs:
-            return self._chunk(CompletionChoice(piece.text, logprobs=CompletionLogprobs.of(piece, self.text, offset)), piece)
-        return self._chunk(CompletionChoice(piece.text), piece) if piece.text else b""
+            offset, self._offset = self._offset, self._offset + len(piece.text)
+            logprobs = CompletionLogprobs.of(piece, self.text, offset)
+            return self._chunk(CompletionChoice(piece.text, logprobs=logprobs), so_far=True)
+        if not piece.text:
+            return b""
+        if self.continuous_usage:
+            return self._chunk(CompletionChoice(piece.text), so_far=True)
+        return self._plain.around(piece.text)
 
     def end(self, generation: Generation) -> bytes:
         """The finish reason, the usage if it is wanted, and `[DONE]`."""
@@ -157,8 +173,20 @@ class CompletionStream(_Events):
             last += _event(Completion(**self.head, choices=[], usage=generation.usage))
         return last + DONE
 
-    def _chunk(self, choice: CompletionChoice, piece: Piece | None = None) -> bytes:
-        return _event(Completion(**self.head, choices=[choice], usage=self.usage(piece)))
+    def _chunk(self, choice: CompletionChoice, so_far: bool = False) -> bytes:
+        return _event(Completion(**self.head, choices=[choice], usage=self.usage(so_far)))
+
+
+class _Frame:
+    """An event without its text, which is all that differs from one to the next of a stream."""
+
+    def __init__(self, event: Callable[[str], bytes]) -> None:
+        mark = secrets.token_hex(16)
+        self._before, _, self._after = event(mark).partition(_encode(mark))
+
+    def around(self, text: str) -> bytes:
+        """The event that carries `text`."""
+        return self._before + _encode(text) + self._after
 
 
 class _Head(TypedDict):
@@ -197,8 +225,8 @@ async def _prompt(service: Service, prompt: str | list[str | int]) -> list[int]:
 
 
 def _event(body: msgspec.Struct) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+    return b"data: " + _encode(body) + b"\n\n"
 
 
 def _json(body: msgspec.Struct) -> web.Response:
-    return web.Response(body=msgspec.json.encode(body), content_type="application/json")
+    return web.Response(body=_encode(body), content_type="application/json")

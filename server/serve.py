@@ -9,10 +9,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from runtime import bundle as bundles
-from runtime import devices
+from runtime import devices, logs
 from runtime.bundle import MANIFEST, Bundle, BundleError, Variant
 from runtime.devices import Device, DeviceError
 from server import settings
+from server.doors import Doors, Limits
 from server.process import EngineProcess, ServeError, command
 
 CONTEXT = 4096
@@ -61,6 +62,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="requests that may wait for a slot of each device; more get status 429 (default: %(default)s)",
     )
     parser.add_argument(
+        "--queue-tokens",
+        type=_not_negative,
+        help="tokens, of prompts and of answers at their longest, that may wait likewise (default: 8 x what the slots hold)",
+    )
+    parser.add_argument(
+        "--queue-seconds",
+        type=_seconds,
+        default=0,
+        help="how long a request may wait for a slot; then it gets status 504 (default: as long as its client)",
+    )
+    parser.add_argument(
+        "--total-seconds",
+        type=_seconds,
+        default=0,
+        help="how long a request may take altogether (default: as long as its client)",
+    )
+    parser.add_argument(
         "--no-speculation", action="store_true", help="never guess tokens to verify several at a time, whatever a request says"
     )
     parser.add_argument("--draft", metavar="BUNDLE", help="a smaller model with the same tokenizer, to guess tokens with")
@@ -75,6 +93,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="ONNX Runtime's provider that runs a cuda variant (default: cuda)",
     )
     parser.add_argument(
+        "--keys", metavar="FILE", type=Path, help="API keys that are taken, see: engineshed keys (default: none needed)"
+    )
+    parser.add_argument("--protect-metrics", action="store_true", help="/metrics needs a key as well")
+    parser.add_argument(
+        "--cors-origin",
+        metavar="ORIGIN",
+        action="append",
+        default=[],
+        help="let web pages of https://example.org, or of * any, read answers; may be repeated (default: none)",
+    )
+    parser.add_argument("--tls-cert", metavar="FILE", type=Path, help="PEM certificate with its chain; HTTPS instead of HTTP")
+    parser.add_argument("--tls-key", metavar="FILE", type=Path, help="its PEM key")
+    parser.add_argument("--log-format", choices=logs.FORMATS, default="text", help="of each line (default: %(default)s)")
+    parser.add_argument(
         "--log-level",
         choices=["debug", "info", "warning", "error"],
         default="info",
@@ -84,7 +116,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until told to stop; gives the exit code."""
-    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.setup(args.log_level, args.log_format)
     try:
         _serve(args)
     except (BundleError, ServeError) as error:
@@ -105,7 +137,23 @@ def _serve(args: argparse.Namespace) -> None:
         processes = {name: stack.enter_context(EngineProcess(worker)) for name, worker in workers.items()}
         from server import listening  # which imports aiohttp, tokenizers and more
 
-        listening.run(args.host, args.port, folder, bundle, variant, processes, stops)
+        limits = Limits(args.queue_seconds, args.total_seconds)
+        listening.run(doors(args), limits, folder, bundle, variant, processes, stops)
+
+
+def doors(args: argparse.Namespace) -> Doors:
+    """Where `args` has the server listen, and whom it lets in. Raises ServeError."""
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise ServeError("--tls-cert and --tls-key go together: a certificate, and the key that belongs to it")
+    return Doors(
+        host=args.host,
+        port=args.port,
+        keys=args.keys,
+        protect_metrics=args.protect_metrics,
+        origins=frozenset(args.cors_origin),
+        certificate=args.tls_cert,
+        certificate_key=args.tls_key,
+    )
 
 
 def commands(args: argparse.Namespace, folder: Path, bundle: Bundle, variant: Variant) -> dict[str, list[str]]:
@@ -123,6 +171,7 @@ def commands(args: argparse.Namespace, folder: Path, bundle: Bundle, variant: Va
         slots=args.slots or (CPU_SLOTS if on_cpu else None),
         context=context,
         queue=args.queue,
+        queue_tokens=args.queue_tokens,
         threads=threads,
         no_speculation=args.no_speculation,
         draft=None if args.draft is None else choose(args.engines, args.draft)[0],
@@ -131,6 +180,7 @@ def commands(args: argparse.Namespace, folder: Path, bundle: Bundle, variant: Va
         build_on_load=args.build_on_load,
         provider=args.provider,
         log_level=args.log_level,
+        log_format=args.log_format,
     )
     return {name: [*shared, f"--device={device}"] for name, device in zip(_names(args.device), args.device, strict=True)}
 
@@ -180,6 +230,16 @@ def _share(text: str) -> float:
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return share
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no length of time; give seconds from 0 on, 0 for no limit")
+    return seconds
 
 
 def _devices(text: str) -> tuple[Device, ...]:

@@ -11,11 +11,13 @@ from aiohttp import web
 from runtime.bundle import Bundle, Variant
 from runtime.messages import Generate, Ready
 from runtime.text import Text, TextError
+from server.access import CLIENT
 from server.attempts import Attempts
 from server.bodies import GenerationBody, Message
 from server.engine_client import EngineClient
 from server.errors import ApiError, bad_request, unavailable
 from server.generation import Generation, sampling
+from server.journal import ENTRY
 from server.metrics import Metrics
 from server.replicas import Prompts, Replica, choose, least_busy
 
@@ -32,6 +34,10 @@ class Service:
     text: Text
     replicas: Sequence[Replica]
     metrics: Metrics = field(init=False)
+    queue_seconds: float = 0.0
+    """How long a request may wait for a slot; 0 sets no limit."""
+    total_seconds: float = 0.0
+    """How long it may take altogether, likewise."""
     draining: bool = False
     """Set when the server stops: what runs goes on, nothing new is taken."""
 
@@ -110,9 +116,15 @@ class Service:
             stop_ids=[] if body.ignore_eos else list(self.bundle.stop_ids),
             speculation=body.speculation is not False,
             prediction=list(prediction[: ready.context]),
+            client=request[CLIENT].name,
+            priority=request[CLIENT].priority,
+            queue_seconds=self.queue_seconds,
+            total_seconds=self.total_seconds,
         )
         with Attempts(wanted, client, self._other) as answer:
-            yield Generation(prompt, request[ARRIVED], answer, self.text.stream(body.stops), self.metrics)
+            generation = Generation(prompt, request[ARRIVED], answer, self.text.stream(body.stops), self.metrics)
+            request[ENTRY].model, request[ENTRY].answer = self.bundle.name, generation
+            yield generation
 
     def _other(self) -> EngineClient | None:
         """An engine for a request whose own has stopped; also while this server drains, for it was taken before."""

@@ -16,6 +16,9 @@ SEND_SECONDS = 30.0
 CLIENT_GONE = 499
 """nginx's status for a client that went away before its answer was complete."""
 
+_NEVER_WAITS = 2**14
+"""Bytes up to which a connection takes more without waiting for its client: the mark at which asyncio resumes a writer."""
+
 log = logging.getLogger(__name__)
 
 
@@ -54,10 +57,10 @@ async def send(request: web.Request, generation: Generation, form: Form) -> web.
     )
     await response.prepare(request)
     try:
-        await _write(response, form.begin() + (form.piece(first) if first else b""))
+        await _write(request, response, form.begin() + (form.piece(first) if first else b""))
         async for piece in generation:
-            await _write(response, form.piece(piece))
-        await _write(response, form.end(generation))
+            await _write(request, response, form.piece(piece))
+        await _write(request, response, form.end(generation))
     except TimeoutError:
         log.info("dropped a client that took nothing for %.0f s", SEND_SECONDS)
         request[STATUS] = CLIENT_GONE
@@ -72,10 +75,15 @@ async def send(request: web.Request, generation: Generation, form: Form) -> web.
     return response
 
 
-async def _write(response: web.StreamResponse, data: bytes) -> None:
-    if data:
-        async with asyncio.timeout(SEND_SECONDS):
-            await response.write(data)
+async def _write(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+    if not data:
+        return
+    transport = request.transport
+    if transport is not None and transport.get_write_buffer_size() + len(data) < _NEVER_WAITS:
+        await response.write(data)  # A timer for every token would cost more than sending it.
+        return
+    async with asyncio.timeout(SEND_SECONDS):
+        await response.write(data)
 
 
 async def _fail(request: web.Request, response: web.StreamResponse, form: Form, error: ApiError) -> None:
@@ -84,7 +92,7 @@ async def _fail(request: web.Request, response: web.StreamResponse, form: Form, 
     response.force_close()
     try:
         if words is not None:
-            await _write(response, words)
+            await _write(request, response, words)
         else:
             _abort(request)
     except (TimeoutError, ConnectionError):

@@ -110,6 +110,18 @@ def test_an_iteration_does_not_grow_with_what_was_said_before() -> None:
     assert instructions(lambda: iteration(loop)) <= 1.1 * first
 
 
+def test_an_iteration_does_not_grow_with_who_waits_and_for_how_long() -> None:
+    loop = full_loop(Sampling())
+    first = instructions(lambda: iteration(loop))
+    loop.queue = 1000
+    for i in range(1000):
+        request = Generate(
+            f"w{i}", [5] * 9, max_tokens=9, client=f"c{i % 50}", priority=i % 3, queue_seconds=3600, total_seconds=7200
+        )
+        assert loop.submit(b"front", request) is None
+    assert instructions(lambda: iteration(loop)) <= 1.01 * first
+
+
 def test_the_random_number_of_a_token(benchmark: BenchmarkFixture) -> None:
     measure(benchmark, lambda: uniform(2**62 + 1, 77), 115)
 

@@ -277,6 +277,9 @@ def test_a_front_end_that_is_gone_leaves_nothing_behind(loop: Loop) -> None:
         (Generate("a", [1], max_tokens=0), "bad request"),
         (Generate("a", [10**9], max_tokens=1), "bad request"),
         (Generate("a", [-1], max_tokens=1), "bad request"),
+        (Generate("a", [1], max_tokens=1, priority=101), "bad request"),
+        (Generate("a", [1], max_tokens=1, queue_seconds=-1.0), "bad request"),
+        (Generate("a", [1], max_tokens=1, total_seconds=float("nan")), "bad request"),
     ],
 )
 def test_what_cannot_run_is_refused_with_a_reason(loop: Loop, request_: Generate, reason: str) -> None:
@@ -295,6 +298,138 @@ def test_a_full_queue_refuses(engine: OrtEngine) -> None:
     assert isinstance(last, Refused)
     assert last.reason == "queue full"
     assert len(drain(loop)) == SLOTS + 2
+
+
+def test_more_tokens_than_may_wait_are_refused_with_the_numbers(engine: OrtEngine) -> None:
+    """Those for whom there is a slot do not wait; what counts is what a request may come to in its context."""
+    loop = Loop(engine, queue=100, queue_tokens=CONTEXT + 50)
+    for i in range(SLOTS):
+        assert loop.submit(FRONT, Generate(f"slot {i}", prompt(3), max_tokens=10_000)) is None
+    assert loop.submit(FRONT, Generate("a", prompt(3), max_tokens=10_000)) is None
+    assert loop.submit(FRONT, Generate("b", prompt(10), max_tokens=40)) is None
+    refused = loop.submit(FRONT, Generate("c", prompt(10), max_tokens=30))
+    assert isinstance(refused, Refused)
+    assert refused.reason == "queue full"
+    total = (SLOTS + 1) * CONTEXT + 50
+    assert f"6 requests wait already and come to {total} tokens" in refused.message
+    assert f"with the 40 of this one that is more than the {CONTEXT + 50} that may wait" in refused.message
+    assert loop.waiting_tokens == total
+    loop.cancel_all(FRONT)
+    assert loop.waiting_tokens == 0
+
+
+def test_whoever_finds_nobody_waiting_is_never_refused_for_his_tokens(engine: OrtEngine) -> None:
+    loop = Loop(engine, queue=100, queue_tokens=1)
+    for i in range(SLOTS):
+        loop.submit(FRONT, Generate(f"slot {i}", prompt(3, i), max_tokens=50))
+    while loop.slots.free:
+        loop.step()
+    assert loop.submit(FRONT, Generate("large", prompt(3), max_tokens=100)) is None
+    assert isinstance(loop.submit(FRONT, Generate("small", prompt(1), max_tokens=1)), Refused)
+    assert len(drain(loop)) == SLOTS + 1
+
+
+def test_by_default_eight_times_the_slots_contexts_may_wait(loop: Loop) -> None:
+    assert loop.queue_tokens == 8 * SLOTS * CONTEXT
+
+
+class Clock:
+    """A time that passes when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def full(engine: OrtEngine, clock: Clock, queue_seconds: float = 0.0, total_seconds: float = 0.0) -> Loop:
+    """A loop whose every slot decodes a request `r0`, `r1`, ... with these limits."""
+    loop = Loop(engine, queue=100, speculation=False, clock=clock)
+    for i in range(SLOTS):
+        request = Generate(f"r{i}", prompt(3, i), 60 + 20 * i, queue_seconds=queue_seconds, total_seconds=total_seconds)
+        loop.submit(FRONT, request)
+    while len(loop.slots.decoding) < SLOTS:
+        loop.step()
+    return loop
+
+
+def test_a_request_that_waits_too_long_for_a_slot_ends_and_the_others_wait_on(engine: OrtEngine) -> None:
+    clock = Clock()
+    loop = full(engine, clock)
+    loop.submit(FRONT, Generate("patient", prompt(5), max_tokens=2, queue_seconds=60))
+    loop.submit(FRONT, Generate("hasty", prompt(5), max_tokens=2, queue_seconds=2.5))
+    clock.now += 2.4
+    assert "hasty" not in [news.row.id for news in loop.step()]
+    clock.now += 0.2
+    (row,) = [news.row for news in loop.step() if news.row.finish is not None]
+    assert (row.id, row.finish, row.tokens) == ("hasty", "timeout", [])
+    assert row.message == "the request waited 2.60 s for a slot; its limit for waiting is 2.5 s (queue_seconds)"
+    assert (loop.counters.timeouts, loop.waiting) == (1, 1)
+    assert loop.counters.queue_seconds == pytest.approx(2.6)
+    assert len(tokens(drain(loop)["patient"])) == 2
+    assert loop.counters.queue_seconds == pytest.approx(5.2)
+
+
+def test_a_request_with_a_slot_has_done_with_waiting(engine: OrtEngine) -> None:
+    clock = Clock()
+    loop = full(engine, clock, queue_seconds=1.0)
+    clock.now += 100
+    assert [rows[-1].finish for rows in drain(loop).values()] == ["length"] * SLOTS
+    assert (loop.counters.timeouts, loop.counters.queue_seconds) == (0, 0)
+
+
+def test_a_request_whose_time_is_up_ends_where_it_stands_and_frees_its_slot(engine: OrtEngine) -> None:
+    """While it waits, in the middle of its prompt, and while it decodes; what it had until then was sent."""
+    clock = Clock()
+    loop = full(engine, clock, total_seconds=30.0)
+    clock.now += 20
+    loop.submit(FRONT, Generate("waiting", prompt(5), max_tokens=2, total_seconds=10.0))
+    loop.submit(FRONT, Generate("prefilling", prompt(CONTEXT - 5), max_tokens=2, priority=-1, total_seconds=11.0))
+    loop.cancel(FRONT, "r0")
+    loop.step()
+    assert loop.slots.prefilling is not None
+    clock.now += 11
+    ended = {news.row.id: news.row for news in loop.step()}
+    assert {row.finish for row in ended.values()} == {"timeout"}
+    assert set(ended) == {"waiting", "prefilling", "r1", "r2", "r3"}
+    limit = "its limit for everything is"
+    assert ended["waiting"].message == f"the request waited 11.00 s for a slot; {limit} 10 s (total_seconds)"
+    assert ended["r1"].message == f"the request took 31.00 s, 0.00 s of them waiting for a slot; {limit} 30 s (total_seconds)"
+    assert loop.counters.timeouts == 5
+    assert not loop.busy
+    assert loop.slots.free == SLOTS
+
+
+def test_nothing_is_ended_twice(engine: OrtEngine) -> None:
+    """A request that was cancelled, or had all its tokens, has nothing to run out of."""
+    clock = Clock()
+    loop = full(engine, clock, total_seconds=30.0)
+    loop.submit(FRONT, Generate("waiting", prompt(5), max_tokens=2, queue_seconds=10.0))
+    loop.cancel(FRONT, "waiting")
+    loop.cancel(FRONT, "r0")
+    drain(loop)
+    clock.now += 100
+    assert loop.step() == []
+    assert loop.counters.timeouts == 0
+
+
+def test_the_next_slot_goes_by_priority_and_then_to_the_client_that_had_less(engine: OrtEngine) -> None:
+    loop = full(engine, Clock())
+    for i, (client, priority) in enumerate([("a", 0), ("a", 0), ("b", 0), ("a", -1), ("c", 1), ("b", 0)]):
+        loop.submit(FRONT, Generate(f"{client}{i}", prompt(4, i), max_tokens=5, client=client, priority=priority))
+    for i in range(1, SLOTS):  # one slot for all of them
+        loop.submit(FRONT, Generate(f"held {i}", prompt(3, i), max_tokens=CONTEXT, priority=-2))
+    rows = drain(loop)
+    started = [name for name, its in rows.items() if its[-1].finish == "length" and name[0] in "abc"]
+    assert started == ["a3", "a0", "b2", "a1", "b5", "c4"]
+
+
+def test_the_mean_batch_can_be_told_from_the_counters(loop: Loop) -> None:
+    run(loop, Generate("a", prompt(3), max_tokens=5), Generate("b", prompt(4), max_tokens=5))
+    assert loop.counters.rows == 8
+    assert 4 <= loop.counters.decode_steps <= 8
+    assert loop.counters.steps == 2 + loop.counters.decode_steps
 
 
 def test_the_same_id_twice_is_refused(loop: Loop) -> None:

@@ -145,6 +145,33 @@ def test_cancelling_and_refusing(tiny_bundle: Path, address: str) -> None:
         assert seen["refused"].reason == "prompt too long"
 
 
+def test_time_limits_and_the_limit_of_waiting_tokens(tiny_bundle: Path, address: str) -> None:
+    with worker(tiny_bundle, address, "--slots=1", "--queue=9", "--queue-tokens=300", "--no-speculation"):
+        front = Front(address)
+        front.wait_ready()
+        front.send(Generate("cut", [5] * 20, max_tokens=235, total_seconds=0.005))
+        assert front.rows("cut")[-1].finish == "timeout"
+        front.send(Generate("runs", [5] * 20, max_tokens=235))
+        front.send(Generate("hasty", [5], max_tokens=1, queue_seconds=0.001, priority=1))
+        front.send(Generate("waits", [5] * 20, max_tokens=235))
+        front.send(Generate("too much", [5] * 20, max_tokens=235, client="other"))
+        came: dict[str, str] = {}
+        while len(came) < 3:
+            reply = front.receive()
+            if isinstance(reply, Refused):
+                came[reply.id] = reply.reason
+            elif isinstance(reply, Progress):
+                came |= {row.id: row.finish for row in reply.rows if row.finish is not None}
+        assert came == {"runs": "length", "hasty": "timeout", "too much": "queue full"}
+        front.send(Cancel("waits"))
+        front.rows("waits")
+        front.beat()
+        beat = front.beat()
+        assert (beat.timeouts, beat.waiting_tokens) == (2, 0)
+        assert beat.queue_seconds > 0
+        assert beat.rows == beat.decode_steps > 0
+
+
 def test_a_front_end_that_dies_frees_its_slots(tiny_bundle: Path, address: str) -> None:
     with worker(tiny_bundle, address):
         dying, living = Front(address), Front(address)

@@ -9,7 +9,7 @@ import aiohttp
 import msgspec
 import pytest
 
-from runtime.messages import Cancel, Generate
+from runtime.messages import Cancel, Generate, Progress, Row
 from server import attempts, streaming
 from server.engine_client import PENDING_TOKENS, EngineClient, EngineUnavailableError
 from tests.unit.server.house import House
@@ -216,3 +216,23 @@ async def test_a_slow_reader_that_comes_back_is_told_why_its_answer_ends(house: 
     received = await drained(client)
     assert b"event: error" in received
     assert b"slow_reader" in received
+
+
+async def test_a_request_that_runs_out_of_time_is_504(house: House) -> None:
+    asking = asyncio.ensure_future(house.http.post("/v1/completions", json={"prompt": "hi"}))
+    request = await house.worker.next(Generate)
+    await house.worker.send(
+        Progress([Row(request.id, [], [], "timeout", message="it waited 3 s for a slot, and may wait 3 s")])
+    )
+    response = await asking
+    assert response.status == 504
+    assert (await response.json())["error"]["code"] == "timeout"
+
+
+async def test_the_servers_limits_go_with_every_request(house: House) -> None:
+    house.service.queue_seconds, house.service.total_seconds = 3.0, 60.0
+    asking = asyncio.ensure_future(house.http.post("/v1/completions", json={"prompt": "hi"}))
+    request = await house.worker.next(Generate)
+    assert (request.queue_seconds, request.total_seconds) == (3.0, 60.0)
+    await house.worker.say(request, "!", "stop")
+    assert (await asking).status == 200

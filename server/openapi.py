@@ -1,0 +1,233 @@
+"""`GET /openapi.json`: what the routes take and answer, in OpenAPI 3.1, from the very types that parse and write the bodies.
+
+https://spec.openapis.org/oas/v3.1.1.html
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from http import HTTPStatus
+from typing import Any, Literal
+
+import msgspec
+from aiohttp import web
+
+from server.access import METRICS, OPEN
+from server.answers import ChatChunk, ChatCompletion, Completion, Model, ModelList
+from server.bodies import MAX_BODY, ChatBody, CompletionBody, GenerateBody
+from server.errors import ErrorBody
+from server.generate import NDJSON, LastLine, Line
+from server.journal import HEADER
+
+VERSION = "1"
+"""Of the interface: the number in its paths."""
+
+JSON = "application/json"
+SSE = "text/event-stream"
+TEXT = "text/plain"
+
+Schema = dict[str, Any]
+
+
+class Status(msgspec.Struct, frozen=True):
+    """How the server is."""
+
+    status: Literal["ok", "ready"]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An answer that comes piece by piece, each of them one of `items` in JSON."""
+
+    description: str
+    items: tuple[type[msgspec.Struct], ...] = ()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What one route takes and answers."""
+
+    id: str
+    summary: str
+    answers: Mapping[str, type[msgspec.Struct] | Stream]
+    """With status 200, by media type."""
+    body: type[msgspec.Struct] | None = None
+    parameters: tuple[Schema, ...] = ()
+    errors: tuple[int, ...] = field(default=())
+    """Statuses other than 200, besides those of a missing key and of a body that cannot be read."""
+
+
+_OUTCOMES = {
+    400: "The body is no JSON, a value is wrong or asks for what this server does not do, or the prompt does not fit the "
+    "context; `param` names the field.",
+    401: "An API key is needed, and none or an unknown one was sent.",
+    404: "There is no such model.",
+    408: "The client read too slowly, and the answer was given up.",
+    413: f"The body is larger than {MAX_BODY} bytes.",
+    429: "The queue is full.",
+    500: "The engine failed on this request.",
+    503: "The engine is loading, restarting or shutting down.",
+    504: "The request ran out of the time that it may wait or take.",
+}
+"""When each status other than 200 comes."""
+
+_GENERATING = (404, 408, 429, 500, 503, 504)
+_CHUNKS = "Server-sent events, the data of each JSON but for the last, [DONE]. What goes wrong on the way is an event `error`."
+_MODEL_ID: Schema = {
+    "name": "id",
+    "in": "path",
+    "required": True,
+    "description": "The model's id.",
+    "schema": {"type": "string", "minLength": 1},
+}
+
+OPERATIONS: dict[tuple[str, str], Operation] = {
+    ("POST", "/v1/chat/completions"): Operation(
+        "chat_completions",
+        "Answer a chat, whole or as a stream.",
+        {JSON: ChatCompletion, SSE: Stream(_CHUNKS, (ChatChunk, ErrorBody))},
+        body=ChatBody,
+        errors=_GENERATING,
+    ),
+    ("POST", "/v1/completions"): Operation(
+        "completions",
+        "Continue a prompt, whole or as a stream.",
+        {JSON: Completion, SSE: Stream(_CHUNKS, (Completion, ErrorBody))},
+        body=CompletionBody,
+        errors=_GENERATING,
+    ),
+    ("POST", "/v1/generate"): Operation(
+        "generate",
+        f"Continue a prompt: its text as it comes or, for those who accept {NDJSON}, an object a line.",
+        {
+            TEXT: Stream("The text. A connection that breaks off says that it is not complete."),
+            NDJSON: Stream("Lines, the last of which tells why the answer ended.", (Line, LastLine, ErrorBody)),
+        },
+        body=GenerateBody,
+        errors=_GENERATING,
+    ),
+    ("GET", "/v1/models"): Operation("models", "List the models.", {JSON: ModelList}),
+    ("GET", "/v1/models/{id}"): Operation("model", "Describe a model.", {JSON: Model}, parameters=(_MODEL_ID,), errors=(404,)),
+    ("GET", "/healthz"): Operation("health", "Say that the HTTP process lives.", {JSON: Status}),
+    ("GET", "/readyz"): Operation("readiness", "Say whether requests are taken.", {JSON: Status}, errors=(503,)),
+    ("GET", METRICS): Operation("metrics", "Numbers for Prometheus, in its text format.", {TEXT: Stream("The numbers.")}),
+    ("GET", "/openapi.json"): Operation("openapi", "This description.", {JSON: Stream("OpenAPI 3.1.")}),
+}
+"""Every route, by method and path. HEAD goes where GET does."""
+
+
+async def openapi(request: web.Request) -> web.Response:
+    """Describe the routes."""
+    return web.Response(body=_encoded(), content_type=JSON)
+
+
+def document() -> Schema:
+    """The OpenAPI document."""
+    types = sorted(
+        {type_ for operation in OPERATIONS.values() for type_ in _types(operation)}, key=lambda type_: type_.__name__
+    )
+    _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    paths: dict[str, Schema] = {}
+    for (method, path), operation in OPERATIONS.items():
+        paths.setdefault(path, {})[method.lower()] = _operation(path, operation)
+    return {
+        "openapi": "3.1.1",
+        "info": {
+            "title": "engineshed",
+            "version": VERSION,
+            "description": "Another path gets status 404, another method of one of these paths 405.",
+        },
+        "paths": paths,
+        "components": {"schemas": schemas, "headers": _HEADERS, "securitySchemes": _KEYS},
+    }
+
+
+_HEADERS: Schema = {
+    "request-id": {
+        "description": f"The request's id in the server's log: the client's own, from its header {HEADER}, or a new one.",
+        "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
+    },
+    "retry-after": {"description": "Seconds until it may be worth another try.", "schema": {"type": "integer", "minimum": 1}},
+    "challenge": {"description": "How a key is to be sent.", "schema": {"type": "string"}},
+}
+_KEYS: Schema = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    "x-goog-api-key": {"type": "apiKey", "in": "header", "name": "x-goog-api-key"},
+}
+_EVENT: Schema = {
+    "type": "object",
+    "properties": {"event": {"enum": ["message", "error"]}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+"""A server-sent event as it is parsed."""
+_NEEDLESS: Schema = {}
+"""A security requirement that is always met: a server without keys asks for none."""
+
+
+@cache
+def _encoded() -> bytes:
+    return msgspec.json.encode(document())
+
+
+def _types(operation: Operation) -> list[type[msgspec.Struct]]:
+    """Those of its bodies and answers, and of every error."""
+    found: list[type[msgspec.Struct]] = [ErrorBody]
+    if operation.body is not None:
+        found.append(operation.body)
+    for answer in operation.answers.values():
+        found += answer.items if isinstance(answer, Stream) else [answer]
+    return found
+
+
+def _operation(path: str, operation: Operation) -> Schema:
+    statuses = set(operation.errors)
+    described: Schema = {"operationId": operation.id, "summary": operation.summary}
+    if path not in OPEN:
+        described["security"] = [_NEEDLESS, *({name: []} for name in _KEYS)]
+        statuses.add(401)
+    if operation.parameters:
+        described["parameters"] = list(operation.parameters)
+    if operation.body is not None:
+        described["requestBody"] = {"required": True, "content": {JSON: {"schema": _reference(operation.body)}}}
+        statuses |= {400, 413}
+    answer = {
+        "description": operation.summary,
+        "headers": _headers(200),
+        "content": {media: _content(media, each) for media, each in operation.answers.items()},
+    }
+    described["responses"] = {"200": answer, **{str(status): _error(status) for status in sorted(statuses)}}
+    return described
+
+
+def _content(media: str, answer: type[msgspec.Struct] | Stream) -> Schema:
+    if not isinstance(answer, Stream):
+        return {"schema": _reference(answer)}
+    if media == SSE:  # OpenAPI 3.1 has no word for a stream; tools that know this one take its schema for that of an event.
+        content: Schema = {"schema": {**_EVENT, "description": answer.description}}
+    else:
+        content = {"schema": {"type": "object" if media == JSON else "string", "description": answer.description}}
+    if answer.items:
+        content["x-item-schema"] = {"anyOf": [_reference(item) for item in answer.items]}
+    return content
+
+
+def _error(status: int) -> Schema:
+    return {
+        "description": f"{HTTPStatus(status).phrase}. {_OUTCOMES[status]}",
+        "headers": _headers(status),
+        "content": {JSON: {"schema": _reference(ErrorBody)}},
+    }
+
+
+def _headers(status: int) -> Schema:
+    names = {HEADER: "request-id"}
+    if status in (429, 503):
+        names["Retry-After"] = "retry-after"
+    if status == 401:
+        names["WWW-Authenticate"] = "challenge"
+    return {header: {"$ref": f"#/components/headers/{name}"} for header, name in names.items()}
+
+
+def _reference(type_: type[msgspec.Struct]) -> Schema:
+    return {"$ref": f"#/components/schemas/{type_.__name__}"}
