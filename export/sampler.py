@@ -69,13 +69,14 @@ def Threshold(weights, top_k, top_p, candidates):  # type: ignore[no-untyped-def
 
 
 @script(_domain, default_opset=op)
-def Invert(weights, uniform):  # type: ignore[no-untyped-def]
-    """The index [rows] at which the cumulative sum of `weights` [rows, blocks, block] passes `uniform` of its total."""
+def Invert(weights, uniform, vocab):  # type: ignore[no-untyped-def]
+    """The index [rows] at which the cumulative sum of `weights` [rows, blocks, BLOCK] passes `uniform` of its total."""
     one = op.Constant(value_ints=[1])
     sums = op.CumSum(op.ReduceSum(weights, op.Constant(value_ints=[2]), keepdims=0), op.Constant(value_int=1))
     target = op.Mul(op.Unsqueeze(uniform, one), op.ReduceMax(sums, one, keepdims=1))
     block = op.ReduceSum(op.Cast(op.LessOrEqual(sums, target), to=7), one, keepdims=1)
-    last_block = op.Sub(op.Shape(weights, start=1, end=2), one)
+    size = op.Constant(value_ints=[BLOCK])  # a shape would be asked of the host, which recorded work cannot do
+    last_block = op.Div(op.Sub(vocab, one), size)
     block = op.Min(block, last_block)
     previous = op.Max(op.Sub(block, one), op.Constant(value_ints=[0]))
     before = op.Where(
@@ -86,7 +87,6 @@ def Invert(weights, uniform):  # type: ignore[no-untyped-def]
     inside = op.GatherND(weights, block, batch_dims=1)
     passed = op.LessOrEqual(op.Add(op.CumSum(inside, op.Constant(value_int=1)), before), target)
     offset = op.ReduceSum(op.Cast(passed, to=7), one, keepdims=1)
-    size = op.Shape(weights, start=2, end=3)
     offset = op.Min(offset, op.Sub(size, one))
     return op.Squeeze(op.Add(op.Mul(block, size), offset), one)
 
@@ -102,7 +102,7 @@ def Largest(logits, blocks_shape, padding):  # type: ignore[no-untyped-def]
     blocks = op.Reshape(op.Pad(logits, padding, least), blocks_shape)
     block = op.ArgMax(op.ReduceMax(blocks, op.Constant(value_ints=[2]), keepdims=0), axis=-1, keepdims=1)
     inside = op.ArgMax(op.GatherND(blocks, block, batch_dims=1), axis=-1, keepdims=1)
-    size = op.Shape(blocks, start=2, end=3)
+    size = op.Constant(value_ints=[BLOCK])
     return op.Squeeze(op.Add(op.Mul(block, size), inside), op.Constant(value_ints=[1]))
 
 
@@ -170,7 +170,7 @@ def Draw(  # type: ignore[no-untyped-def]
     whole = op.GreaterOrEqual(op.Unsqueeze(top_p, one), op.Constant(value_floats=[1.0]))
     cut = op.Max(op.Where(limited, least, nothing), op.Where(whole, nothing, top_p_least), op.Unsqueeze(min_p, one))
     kept = op.Where(op.GreaterOrEqual(weights, cut), weights, nothing)
-    drawn = op.Min(Invert(op.Reshape(op.Pad(kept, padding), blocks_shape), uniform), op.Sub(vocab, one))
+    drawn = op.Min(Invert(op.Reshape(op.Pad(kept, padding), blocks_shape), uniform, vocab), op.Sub(vocab, one))
     # Rounding can carry the index past the last kept token; the most likely one is always kept.
     weight = op.Squeeze(op.GatherElements(kept, op.Unsqueeze(drawn, one), axis=1), one)
     return op.Where(op.And(op.Greater(temperature, nothing), op.Greater(weight, nothing)), drawn, best)
@@ -198,7 +198,7 @@ def Sample(  # type: ignore[no-untyped-def]
             cut, _enough = Threshold(weights, top_k, top_p, vocab)
         least = op.Max(cut, op.Unsqueeze(min_p, one))
         kept = op.Where(op.GreaterOrEqual(weights, least), weights, op.Constant(value_floats=[0.0]))
-        drawn = Invert(op.Reshape(op.Pad(kept, padding), blocks_shape), uniform)
+        drawn = Invert(op.Reshape(op.Pad(kept, padding), blocks_shape), uniform, vocab)
         drawn = op.Min(drawn, op.Sub(vocab, one))
         # Rounding can carry the index past the last kept token; the most likely one is always kept.
         weight = op.Squeeze(op.GatherElements(kept, op.Unsqueeze(drawn, one), axis=1), one)
