@@ -59,8 +59,7 @@ unit: $(INSTALLED)
 	$(BIN)/pytest tests/unit
 
 e2e: $(INSTALLED)
-	$(BIN)/engineshed export --if-missing --precision int4 fp32
-	$(BIN)/engineshed export --if-missing --target tensorrt-rtx --gpu 8.9
+	$(BIN)/engineshed export --if-missing --recipe tests/data/e2e.toml
 	$(BIN)/pytest tests/e2e
 
 sweep: $(INSTALLED)
