@@ -21,7 +21,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from export import quantize
-from export.graph import constant, merge_equal
+from export.graph import constant, merge_equal, supersede
 from export.grid import Float32
 
 Int8 = npt.NDArray[np.int8]
@@ -105,11 +105,7 @@ class _Halves:
                 (product,) = self._insert("Div", [product, self.rms])
             if node.op_type == "Gemm" and len(node.inputs) > 2:
                 (product,) = self._insert("Add", [product, node.inputs[2]])
-            old = node.outputs[0]
-            product.shape, product.type = old.shape, old.type
-            ir.convenience.replace_all_uses_with(old, product, replace_graph_outputs=True)
-            self.graph.remove(node, safe=True)
-            product.name = name
+            supersede(self.graph, node, product)
 
     def _step(self, size: float) -> ir.Value:
         return self._constant(f"step_{size}", np.array(size, np.float32))

@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from export import grid, quantize, sampler
-from export.graph import constant, merge_equal
+from export.graph import constant, merge_equal, supersede
 
 LONGEST = "kv_longest"
 """The input [] int32, in host memory, that holds the largest of `kv_lengths`."""
@@ -71,7 +71,4 @@ def _replace(graph: ir.Graph, node: ir.Node, matrix: grid.Grid) -> None:
     attributes = {"K": matrix.columns, "N": len(matrix.codes), "bits": matrix.bits, "block_size": grid.BLOCK}
     product = ir.node("MatMulNBits", operands, attributes, domain="com.microsoft", name=node.name)
     graph.insert_before(node, product)
-    new = product.outputs[0]
-    new.name, new.shape, new.type = old.name, old.shape, old.type
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    supersede(graph, node, product.outputs[0])

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from export import grid, quantize
-from export.graph import constant, merge_equal
+from export.graph import constant, merge_equal, supersede
 from export.grid import BLOCK, Float32
 from runtime.bundle import Precision
 
@@ -88,8 +88,8 @@ def _in_columns(graph: ir.Graph, node: ir.Node, weight: Float32, precision: Prec
 def _dequantized(
     graph: ir.Graph,
     node: ir.Node,
-    codes: np.ndarray,
-    scale: np.ndarray,
+    codes: Array,
+    scale: Array,
     attributes: dict[str, int],
 ) -> ir.Value:
     name = node.outputs[0].name
@@ -125,9 +125,4 @@ def _insert(
 def _replace(graph: ir.Graph, node: ir.Node, product: ir.Value) -> None:
     if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
         product = _insert(graph, node, "Add", [product, node.inputs[2]])
-    old = node.outputs[0]
-    name = old.name
-    product.shape, product.type = old.shape, old.type
-    ir.convenience.replace_all_uses_with(old, product, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    product.name = name
+    supersede(graph, node, product)

@@ -12,7 +12,7 @@ Every rewrite is local, exact up to the order of float sums, and asks for nothin
 import numpy as np
 import onnx_ir as ir
 
-from export.graph import constant
+from export.graph import constant, supersede
 
 _HEADS_OUT = (0, 2, 1, 3)
 """The permutation between [batch, seq, heads, dim] and [batch, heads, seq, dim]; its own inverse."""
@@ -63,12 +63,7 @@ def _turn(graph: ir.Graph, add: ir.Node) -> None:
         return
     rotary = ir.node("RotaryEmbedding", [x, cos, sin], {"interleaved": 0})
     graph.insert_before(add, rotary)
-    old, new = add.outputs[0], rotary.outputs[0]
-    name = old.name
-    _describe(new, old)
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    graph.remove(add, safe=True)
-    new.name = name
+    supersede(graph, add, rotary.outputs[0])
 
 
 def _bounds(node: ir.Node) -> tuple[int, int | None, int] | None:
@@ -193,12 +188,7 @@ def _take_only_entry(graph: ir.Graph, node: ir.Node) -> None:
         return
     taken = ir.node("Squeeze", [data, constant(graph, f"only_entry_{axis}", np.array([axis]))])
     graph.insert_before(node, taken)
-    old, new = node.outputs[0], taken.outputs[0]
-    name = old.name
-    _describe(new, old)
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    new.name = name
+    supersede(graph, node, taken.outputs[0])
 
 
 def _merge_products(graph: ir.Graph) -> None:

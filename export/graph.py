@@ -33,6 +33,16 @@ def constant(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.V
     return value
 
 
+def supersede(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+    """Have `value` stand, under its name, for the only output of `node`, which is removed."""
+    old = node.outputs[0]
+    name = old.name
+    value.shape, value.type = old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    value.name = name
+
+
 def merge_equal(model: ir.Model) -> None:
     """Merge equal subgraphs (each layer traces its own rotary table) and drop what nothing reads."""
     common.CommonSubexpressionEliminationPass(size_limit=64)(model)

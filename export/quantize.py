@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export import grid
-from export.graph import constant
+from export.graph import constant, supersede
 from export.grid import BLOCK, Float32, Grid
 
 ACCURACY_INT8 = 4
@@ -194,10 +194,7 @@ class _Rewriter:
     def _replace(self, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], attributes: dict[str, int]) -> None:
         new = ir.node(op_type, inputs, attributes, domain="com.microsoft", name=node.name)
         self.graph.insert_before(node, new)
-        old, out = node.outputs[0], new.outputs[0]
-        out.name, out.shape, out.type = old.name, old.shape, old.type
-        ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
-        self.graph.remove(node, safe=True)
+        supersede(self.graph, node, new.outputs[0])
 
 
 def constant_weight(node: ir.Node) -> Float32 | None:

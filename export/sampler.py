@@ -124,7 +124,7 @@ def Weigh(logits, temperature):  # type: ignore[no-untyped-def]
     divisor = op.Unsqueeze(op.Where(hot, temperature, op.Constant(value_floats=[1.0])), one)
     scaled = op.Div(logits, divisor)
     logarithms = op.Sub(scaled, op.ReduceMax(scaled, one, keepdims=1))
-    return op.Exp(logarithms), op.Max(logarithms, op.Constant(value_floats=[-104.0]))
+    return op.Exp(logarithms), op.Max(logarithms, op.Constant(value_floats=[FLOOR]))
 
 
 @script(_domain, default_opset=op)
