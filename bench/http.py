@@ -25,6 +25,7 @@ import msgspec
 import psutil
 import uvloop
 from aiohttp import web
+from server.listening import calm_collector
 
 from bench import machine
 from bench.arguments import number, writable
@@ -34,7 +35,6 @@ from runtime.messages import Ready
 from runtime.text import Text
 from server import app
 from server.engine_client import EngineClient
-from server.listening import calm_collector
 from server.process import EngineProcess
 from server.service import Service
 

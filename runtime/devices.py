@@ -8,7 +8,8 @@ import importlib
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -20,6 +21,10 @@ CAPABILITY = "7.5"
 WORKSPACE = 768 << 20
 """Bytes on a GPU that are neither weights nor slots: the CUDA context with its kernels, which take most of it, the libraries'
 scratch memory, and a step's activations and logits. An allowance, not a measurement."""
+GPU_MEMORY = 0.9
+"""Share of a GPU's memory that an engine takes at most, where nobody says otherwise."""
+LOGIT_ROWS = 128
+"""Of a step, for which a GPU's engine has room, at most."""
 
 _ORDINAL = re.compile(r"\s*\+?([0-9]+)")
 
@@ -106,6 +111,20 @@ def cpu() -> Cpu:
 
     memory = psutil.virtual_memory()
     return Cpu(cores=len(os.sched_getaffinity(0)), total=memory.total, available=memory.available)
+
+
+def core_numbers() -> list[int]:
+    """The numbers of the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def memory_limit() -> int:
+    """Bytes of memory that this process and its children may take: the machine's, or a container's where that is less."""
+    limits = [cpu().total]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
 
 
 def gpus() -> list[Gpu]:

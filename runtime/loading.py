@@ -11,7 +11,7 @@ import msgspec
 
 from runtime import bundle, devices, ort
 from runtime.bundle import Bundle, BundleError, Variant
-from runtime.devices import Device, Gpu
+from runtime.devices import GPU_MEMORY, LOGIT_ROWS, Device, Gpu
 from runtime.engine import Engine, EngineError
 
 Provider = Literal["cuda", "tensorrt", "tensorrt-rtx"]
@@ -20,10 +20,6 @@ CPU_SLOTS = 8
 """Slots on a CPU where nobody says how many."""
 MOST_SLOTS = 64
 """Slots on a GPU where nobody says how many and its memory has room for more."""
-GPU_MEMORY = 0.9
-"""Share of a GPU's memory that an engine takes at most, where nobody says otherwise."""
-LOGIT_ROWS = 128
-"""Of a step, for which a GPU's engine has room, at most."""
 _ROW_MULTIPLE = 16
 """Rows by which a slot for ONNX Runtime is longer than its tokens, at most."""
 _LAST_WORDS = 2000

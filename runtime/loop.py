@@ -3,7 +3,8 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from runtime.sampling import draw
 from runtime.sequence import Sequence
 from runtime.slots import Slots
 from runtime.speculation import Lookup, Plan, worthwhile
+from runtime.tally import BATCH_ROWS, QUEUE_SECONDS, STEP_SECONDS, empty, observe
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -53,6 +55,12 @@ class Counters:
     """That requests waited for a slot, whether they got one or not; without those that still wait."""
     timeouts: int = 0
     """Requests that ran out of time."""
+    finished: int = 0
+    """Requests that ended with "stop" or "length"."""
+    queue_counts: list[int] = field(default_factory=partial(empty, QUEUE_SECONDS))
+    step_counts: list[int] = field(default_factory=partial(empty, STEP_SECONDS))
+    batch_counts: list[int] = field(default_factory=partial(empty, BATCH_ROWS))
+    """See `runtime.messages.Heartbeat`."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +226,7 @@ class Loop:
     def _start(self, sequence: Sequence) -> None:
         self.slots.start(sequence)
         sequence.started = self._clock()
-        self.counters.queue_seconds += sequence.started - sequence.arrived
+        self._waited(sequence.started - sequence.arrived)
         self.counters.cached_tokens += sequence.cached
 
     def _prefill_chunk(self, sequence: Sequence, size: int) -> list[News]:
@@ -267,6 +275,7 @@ class Loop:
         self._pace.decoded(time.perf_counter() - start)
         self.counters.decode_steps += 1
         self.counters.rows += len(sequences)
+        observe(self.counters.batch_counts, BATCH_ROWS, len(sequences))
         for sequence in sequences:  # before the first of them ends and others take its slot
             sequence.computed = sequence.length
         return [self._take(sequence, [token], [logprob]) for sequence, token, logprob in zip(sequences, *outcome, strict=True)]
@@ -370,8 +379,10 @@ class Loop:
             log.exception("the engine failed on a step of %d rows", len(sequences))
             self.slots.forget()
             return [self._end(sequence, "error", f"the engine failed: {error}") for sequence in sequences]
+        seconds = time.perf_counter() - start
         self.counters.steps += 1
-        self.counters.step_seconds += time.perf_counter() - start
+        self.counters.step_seconds += seconds
+        observe(self.counters.step_counts, STEP_SECONDS, seconds)
         return tokens.tolist(), logprobs.tolist()
 
     def _take(self, sequence: Sequence, tokens: list[int], logprobs: list[float]) -> News:
@@ -386,6 +397,10 @@ class Loop:
         cached = sequence.cached if first else 0
         return News(sequence.owner, Row(sequence.request.id, tokens, logprobs, cached=cached))
 
+    def _waited(self, seconds: float) -> None:
+        self.counters.queue_seconds += seconds
+        observe(self.counters.queue_counts, QUEUE_SECONDS, seconds)
+
     def _end(
         self,
         sequence: Sequence,
@@ -395,13 +410,14 @@ class Loop:
         logprobs: list[float] | None = None,
     ) -> News:
         sequence.finish = finish
+        self.counters.finished += finish in ("stop", "length")
         cached = sequence.cached if len(sequence.tokens) <= 1 else 0  # told once, in the first row
         del self._by_key[sequence.key]
         self._waiting.end(sequence)
         if sequence.started is not None:
             self.slots.release(sequence)
         else:
-            self.counters.queue_seconds += self._clock() - sequence.arrived
+            self._waited(self._clock() - sequence.arrived)
         return News(sequence.owner, Row(sequence.request.id, tokens or [], logprobs or [], finish, cached, message))
 
 

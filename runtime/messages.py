@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 2
+PROTOCOL = 3
 HEARTBEAT_SECONDS = 1.0
 """A worker sends a `Heartbeat` to each attached front end at least this often, also while it is idle."""
 
@@ -154,6 +154,14 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """Time that requests waited for a slot since the start, whether they got one or not; without those that still wait."""
     timeouts: int = 0
     """Requests that ran out of time since the start."""
+    finished: int = 0
+    """Requests that ended with "stop" or "length" since the start."""
+    queue_counts: list[int] = []
+    """How long requests waited for a slot, counted by `tally.QUEUE_SECONDS`."""
+    step_counts: list[int] = []
+    """How long steps took, by `tally.STEP_SECONDS`."""
+    batch_counts: list[int] = []
+    """The rows of decode steps, by `tally.BATCH_ROWS`."""
 
 
 Reply = Ready | Refused | Progress | Heartbeat

@@ -6,17 +6,18 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import zmq
 
-from runtime import devices, logs, messages
-from runtime.bundle import Bundle, BundleError, Variant, read
-from runtime.devices import DeviceError
+from runtime import devices, logs, messages, orphan
+from runtime.bundle import MANIFEST, Bundle, BundleError, Variant, read, sha256
+from runtime.devices import GPU_MEMORY, DeviceError
 from runtime.draft import Drafter
 from runtime.engine import DeviceLost, Engine, EngineError
-from runtime.loading import CPU_SLOTS, GPU_MEMORY, MOST_SLOTS, Placement, default_cache, start
+from runtime.loading import CPU_SLOTS, MOST_SLOTS, Placement, default_cache, start
 from runtime.loop import QUEUE_FILLS, Loop, News
 from runtime.messages import Attach, Cancel, Generate, Heartbeat, Progress, Ready
 
@@ -26,6 +27,8 @@ BAD_BUNDLE = 2
 """Exit status when the engine cannot be loaded at all; starting again would not help."""
 LOST_DEVICE = 3
 """Exit status when the device fails while the engine runs."""
+OOM_SCORE = 500
+"""Of the 1,000 that a process can get; its memory's share of the machine's is added."""
 _OUTBOX = 10_000
 """Messages that may wait for a front end; one that is further behind is taken for gone."""
 
@@ -158,10 +161,33 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=default_cache(), help="folder for what is built on load (default %(default)s)"
     )
+    parser.add_argument("--cores", type=_cores, help="numbers of the cores to run on, as 0,1 (default: all)")
+    parser.add_argument("--build", help="hash of the manifest that the bundle must have (default: any)")
+    parser.add_argument("--parent", type=int, help="process that this one must not outlive")
     parser.add_argument("--socket", required=True, help="ZeroMQ address to bind, as ipc:///run/engine.sock")
     parser.add_argument("--log-format", default="text", choices=logs.FORMATS)
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser.parse_args()
+
+
+def _cores(text: str) -> set[int]:
+    """The cores of a list with commas, all of which this process may use."""
+    try:
+        cores = {int(number) for number in text.split(",")}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of cores; write for instance 0,1") from None
+    missing = cores - set(devices.core_numbers())
+    if missing:
+        raise argparse.ArgumentTypeError(f"there is no core {min(missing)}, only {', '.join(map(str, devices.core_numbers()))}")
+    return cores
+
+
+def _settle(cores: set[int] | None) -> None:
+    """Keep to `cores`, and be what the kernel ends first where memory runs out: an engine is replaced, the server is not."""
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+    with suppress(OSError):  # there is no /proc
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
 
 
 def _draft(arguments: argparse.Namespace, manifest: Bundle, place: Placement) -> tuple[Bundle, Variant] | None:
@@ -190,6 +216,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Bundle, Variant, Engine, Draft
         cache=arguments.cache,
     )
     manifest = read(arguments.bundle)
+    if arguments.build is not None and sha256(arguments.bundle / MANIFEST) != arguments.build:
+        raise BundleError(f"the bundle {arguments.bundle} has been built anew; reload the model to serve it as it is now")
     variant = manifest.for_device(place.device.kind, arguments.variant)
     guessing = _draft(arguments, manifest, place)
     engine = start(arguments.bundle, manifest, variant, place, beside=None if guessing is None else guessing[1])
@@ -202,6 +230,9 @@ def _load(arguments: argparse.Namespace) -> tuple[Bundle, Variant, Engine, Draft
 def main() -> int:
     """The process: load, bind, serve until the parent's pipe closes. Exit status 2 when the engine cannot be loaded."""
     arguments = _arguments()
+    if arguments.parent is not None:
+        orphan.die_with(arguments.parent)
+    _settle(arguments.cores)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     logs.setup(arguments.log_level, arguments.log_format)
     try:

@@ -7,6 +7,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from runtime.text import Text
+from server.fleet import ModelState
 from server.generation import FinishReason, Piece, Usage
 
 
@@ -136,6 +137,10 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     max_model_len: int
     """Tokens of prompt and answer together."""
+    state: ModelState
+    """cold: it is loaded when it is asked for; quarantined: it crashed too often, and is not loaded again by itself."""
+    reason: str | None = None
+    """Why it is waiting, quarantined or refused."""
     object: Literal["model"] = "model"
     owned_by: str = "engineshed"
 

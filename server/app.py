@@ -8,12 +8,13 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from runtime import logs
-from server import cors, generate, journal, openai, openapi
+from server import admin, cors, generate, journal, openai, openapi
 from server.access import ACCESS, CLIENT, Access, Client, identify
 from server.bodies import MAX_BODY
 from server.errors import ApiError
+from server.journal import STATUS
 from server.metrics import CONTENT_TYPE
-from server.service import ARRIVED, SERVICE, STATUS, Service
+from server.service import SERVICE, Service
 from server.streaming import CLIENT_GONE
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,10 @@ def build(service: Service, access: Access | None = None) -> web.Application:
             web.get("/readyz", readiness),
             web.get("/metrics", metrics),
             web.get("/openapi.json", openapi.openapi),
+            web.get("/admin/status", admin.status),
+            web.post("/admin/models/{name}/load", admin.load),
+            web.post("/admin/models/{name}/unload", admin.unload),
+            web.post("/admin/models/{name}/reload", admin.reload),
         ]
     )
     return app
@@ -56,22 +61,25 @@ async def health(request: web.Request) -> web.Response:
 
 async def readiness(request: web.Request) -> web.Response:
     """Say whether requests are taken."""
-    request.app[SERVICE].check_ready()
-    return web.json_response({"status": "ready"})
+    failed = request.app[SERVICE].check_ready()
+    models = {model.name: f"{model.state}: {model.reason}" for model in failed}
+    return web.json_response({"status": "degraded" if failed else "ready", "models": models})
 
 
 async def metrics(request: web.Request) -> web.Response:
     """Give Prometheus its numbers."""
-    return web.Response(body=request.app[SERVICE].metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+    service = request.app[SERVICE]
+    return web.Response(body=service.metrics.render(await service.status()), headers={"Content-Type": CONTENT_TYPE})
 
 
 @web.middleware
 async def _account(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Count the request and log it at its end, and let every line that is logged until then have its id."""
     entry = journal.open_entry(request)
-    request[ARRIVED] = entry.arrived
     token = logs.request_id.set(entry.id)
     status = 500
+    service = request.app[SERVICE]
+    service.requests += 1
     try:
         response = await handler(request)
         entry.begin()  # A whole answer is sent once this has returned.
@@ -83,7 +91,8 @@ async def _account(request: web.Request, handler: Handler) -> web.StreamResponse
     finally:
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "unknown"
-        request.app[SERVICE].metrics.requests.labels(route, status).inc()
+        service.requests -= 1
+        service.metrics.requests.labels(route, status).inc()
         entry.write(request.method, route, status, request.get(CLIENT, Client()).name)
         logs.request_id.reset(token)
 

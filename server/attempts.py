@@ -14,8 +14,9 @@ from typing import Self
 from runtime.messages import Generate, Row
 from server.engine_client import Answer, EngineClient, EngineUnavailableError
 
-MOST = 3
-"""Engines that one request may be sent to: one that ends each engine is no better off with a fourth, and the others suffer."""
+MOST = 2
+"""Engines that one request may be sent to: one that ends each engine is no better off with a third, and must not be what
+makes a worker die as often in a row as gets its model quarantined."""
 PATIENCE_SECONDS = 60.0
 """How long a request waits for an engine that takes the place of its own."""
 _LOOK_SECONDS = 0.05
@@ -29,10 +30,10 @@ Find = Callable[[], EngineClient | None]
 class Attempts:
     """The rows of `request`, from whichever engine gives them; leaving the context cancels it.
 
-    Begins with `client`; `find` says where to go on.
+    Begins with `client`, or without one as soon as `find` gives one, which also says where to go on.
     """
 
-    def __init__(self, request: Generate, client: EngineClient, find: Find) -> None:
+    def __init__(self, request: Generate, client: EngineClient | None, find: Find) -> None:
         self._request, self._find = request, find
         self._first = client
         self._made = 0
@@ -41,7 +42,8 @@ class Attempts:
     def __enter__(self) -> Self:
         """Send it for the first time."""
         self._open = ExitStack()
-        self._answer = self._ask(self._first)
+        self._answer: Answer | None
+        self._answer = None if self._first is None else self._ask(self._first)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -50,12 +52,14 @@ class Attempts:
     async def rows(self) -> list[Row]:
         """See `server.engine_client.Answer.rows`."""
         while True:
+            if self._answer is None:
+                self._answer = await self._again()
             try:
                 rows = await self._answer.rows()
             except EngineUnavailableError:
                 if self._started or self._made == MOST:
                     raise
-                self._answer = await self._again()
+                self._answer = None
             else:
                 self._started = True
                 return rows
@@ -74,5 +78,6 @@ class Attempts:
                     f"The engine stopped, and no other was ready within {PATIENCE_SECONDS:.0f} seconds. Try again later."
                 )
             await asyncio.sleep(_LOOK_SECONDS)
-        log.info("a request whose engine stopped before it answered is asked for again")
+        if self._made:
+            log.info("a request whose engine stopped before it answered is asked for again")
         return self._ask(client)

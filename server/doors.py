@@ -1,31 +1,48 @@
-"""Where the server listens, whom it lets in and for how long, as the command line says it."""
+"""Where an HTTP process listens, whom it lets in and for how long: what the supervisor tells it at its start."""
 
-from dataclasses import dataclass
-from pathlib import Path
+import msgspec
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True):
     """How long a request may take, in seconds; 0 sets no limit."""
 
     queue_seconds: float = 0.0
-    """Until it gets a slot."""
+    """Until it gets a slot, the loading of its model included."""
     total_seconds: float = 0.0
     """Until its last token."""
 
 
-@dataclass(frozen=True)
-class Doors:
-    """Addresses, keys and certificates; only paths and names, so that nothing is imported for it."""
+class Doors(msgspec.Struct, frozen=True, kw_only=True):
+    """Addresses, keys and certificates; only text, so that nothing is imported for it."""
 
     host: str
     port: int
-    """0 takes a free one."""
-    keys: Path | None = None
+    keys: str | None = None
     """The file of API keys; None needs none."""
     protect_metrics: bool = False
-    origins: frozenset[str] = frozenset()
+    origins: tuple[str, ...] = ()
     """Of web pages that may read answers."""
-    certificate: Path | None = None
+    certificate: str | None = None
     """With it comes `certificate_key`; None speaks plain HTTP."""
-    certificate_key: Path | None = None
+    certificate_key: str | None = None
+    admin_socket: str | None = None
+    """Path of a unix socket whose users are let in as admins, for the first of the processes."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """All that an HTTP process is told at its start."""
+
+    name: str
+    """`http-0`, `http-1`, ..."""
+    supervisor: str
+    """The supervisor's address."""
+    parent: int
+    """Its process."""
+    doors: Doors
+    limits: Limits
+    drain_seconds: float
+    """What running answers get to finish when the server is told to stop."""
+    waiting: int
+    """Requests that may wait for models to be loaded."""
+    log_level: str
+    log_format: str

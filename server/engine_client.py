@@ -104,11 +104,6 @@ class EngineSource(Protocol):
         """The connection to a worker that is ready, or None while there is none."""
         ...
 
-    @property
-    def restarts(self) -> int:
-        """Worker processes that were replaced since the start."""
-        ...
-
 
 class EngineClient:
     """One front end's DEALER socket to the worker at `address`; to be made inside the event loop that runs it."""
@@ -130,6 +125,8 @@ class EngineClient:
         """The worker's last."""
         self.heard = self._loop.time()
         """The event loop's time at the worker's last message."""
+        self._others = 0
+        """Requests of other front ends, as of the last heartbeat."""
 
     @property
     def ready(self) -> Ready | None:
@@ -140,6 +137,11 @@ class EngineClient:
     def in_flight(self) -> int:
         """Requests that have not ended."""
         return len(self._answers)
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that have not ended, those of other front ends among them as far as they are known of."""
+        return len(self._answers) + self._others
 
     async def attach(self) -> Ready:
         """Announce this front end and wait, for as long as it takes, until the worker has loaded its engine."""
@@ -191,6 +193,7 @@ class EngineClient:
                     self._deliver(row)
             case Heartbeat():
                 self.heartbeat = reply
+                self._others = max(0, reply.running + reply.waiting - len(self._answers))
             case Refused(id_):
                 answer = self._answers.pop(id_, None)
                 if answer is not None:

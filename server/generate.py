@@ -75,8 +75,8 @@ async def generate(request: web.Request) -> web.StreamResponse:
     """Continue a prompt."""
     service = request.app[SERVICE]
     body = await read(request, GenerateBody)
-    service.check_model(body.model)
-    prompt = await service.tokenize(body.prompt)
     form: Form = JsonLines() if NDJSON in request.headers.get("Accept", "") else PlainText()
-    with service.generate(request, body, prompt, of="prompt") as generation:
-        return await send(request, generation, form)
+    async with service.lease(request, body.model) as (served, limits):
+        prompt = await served.tokenize(body.prompt)
+        with served.generate(request, body, prompt, of="prompt", limits=limits) as generation:
+            return await send(request, generation, form)

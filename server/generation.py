@@ -18,7 +18,7 @@ from server.engine_client import (
     SlowReaderError,
 )
 from server.errors import ApiError, bad_request, unavailable
-from server.metrics import Metrics
+from server.metrics import AnswerMetrics
 
 FinishReason = Literal["stop", "length"]
 
@@ -49,7 +49,7 @@ class Piece(msgspec.Struct, frozen=True):
 class Generation:
     """An async iterator of an answer's pieces. Raises ApiError where the answer ends without a finish reason."""
 
-    def __init__(self, prompt: list[int], arrived: float, answer: Rows, text: TextStream, metrics: Metrics) -> None:
+    def __init__(self, prompt: list[int], arrived: float, answer: Rows, text: TextStream, metrics: AnswerMetrics) -> None:
         """`arrived` is time.perf_counter() when the request came."""
         self._prompt_tokens = len(prompt)
         self._arrived = arrived

@@ -77,6 +77,8 @@ class Entry:
 
 
 ENTRY = web.RequestKey("entry", Entry)
+STATUS = web.RequestKey("status", int)
+"""The status that a stream would have had, had its error come before its first byte."""
 
 
 def open_entry(request: web.Request) -> Entry:

@@ -9,6 +9,7 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
+from server import fleet
 from server.answers import (
     AssistantMessage,
     ChatChoice,
@@ -26,6 +27,7 @@ from server.answers import (
 from server.bodies import ChatBody, CompletionBody, OpenAIBody, read
 from server.errors import ApiError, bad_request
 from server.generation import Generation, Piece, Usage
+from server.served import Served
 from server.service import SERVICE, Service
 from server.streaming import send
 
@@ -38,50 +40,50 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Answer a chat, whole or as server-sent events."""
     service = request.app[SERVICE]
     body = await read(request, ChatBody)
-    service.check_model(body.model)
-    prompt = await service.tokenize_chat(body.messages)
-    expected = body.prediction.text if body.prediction is not None else ""
-    prediction = await service.tokenize(expected, of="prediction", special=False) if expected else []
-    with service.generate(request, body, prompt, of="messages", prediction=prediction) as generation:
-        if body.stream:
-            return await send(request, generation, ChatStream(service, body, generation))
-        piece = await generation.whole()
-        choice = ChatChoice(
-            AssistantMessage(piece.text),
-            generation.finish_reason,
-            ChatLogprobs.of(piece, service.text) if body.logprobs else None,
-        )
-        return _json(ChatCompletion(**_head(service, "chatcmpl"), choices=[choice], usage=generation.usage))
+    async with service.lease(request, body.model) as (served, limits):
+        prompt = await served.tokenize_chat(body.messages)
+        expected = body.prediction.text if body.prediction is not None else ""
+        prediction = await served.tokenize(expected, of="prediction", special=False) if expected else []
+        with served.generate(request, body, prompt, of="messages", limits=limits, prediction=prediction) as generation:
+            if body.stream:
+                return await send(request, generation, ChatStream(served, body, generation))
+            piece = await generation.whole()
+            choice = ChatChoice(
+                AssistantMessage(piece.text),
+                generation.finish_reason,
+                ChatLogprobs.of(piece, served.text) if body.logprobs else None,
+            )
+            return _json(ChatCompletion(**_head(served, "chatcmpl"), choices=[choice], usage=generation.usage))
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """Continue a prompt, whole or as server-sent events."""
     service = request.app[SERVICE]
     body = await read(request, CompletionBody)
-    service.check_model(body.model)
-    prompt = await _prompt(service, body.prompt)
-    with service.generate(request, body, prompt, of="prompt") as generation:
-        if body.stream:
-            return await send(request, generation, CompletionStream(service, body, generation))
-        piece = await generation.whole()
-        choice = CompletionChoice(
-            piece.text,
-            generation.finish_reason,
-            None if body.logprobs is None else CompletionLogprobs.of(piece, service.text, 0),
-        )
-        return _json(Completion(**_head(service, "cmpl"), choices=[choice], usage=generation.usage))
+    async with service.lease(request, body.model) as (served, limits):
+        prompt = await _prompt(served, body.prompt)
+        with served.generate(request, body, prompt, of="prompt", limits=limits) as generation:
+            if body.stream:
+                return await send(request, generation, CompletionStream(served, body, generation))
+            piece = await generation.whole()
+            choice = CompletionChoice(
+                piece.text,
+                generation.finish_reason,
+                None if body.logprobs is None else CompletionLogprobs.of(piece, served.text, 0),
+            )
+            return _json(Completion(**_head(served, "cmpl"), choices=[choice], usage=generation.usage))
 
 
 async def models(request: web.Request) -> web.Response:
     """List the models."""
-    return _json(ModelList(data=[_model(request.app[SERVICE])]))
+    service = request.app[SERVICE]
+    return _json(ModelList(data=[_model(service, model) for model in service.roster.models]))
 
 
 async def model(request: web.Request) -> web.Response:
     """Describe one model."""
     service = request.app[SERVICE]
-    service.check_model(request.match_info["id"])
-    return _json(_model(service))
+    return _json(_model(service, service.model(request.match_info["id"])))
 
 
 class _Events:
@@ -89,9 +91,9 @@ class _Events:
 
     content_type = "text/event-stream; charset=utf-8"
 
-    def __init__(self, service: Service, body: OpenAIBody, generation: Generation, prefix: str) -> None:
-        self.text = service.text
-        self.head = _head(service, prefix)
+    def __init__(self, served: Served, body: OpenAIBody, generation: Generation, prefix: str) -> None:
+        self.text = served.text
+        self.head = _head(served, prefix)
         self.include_usage = body.include_usage
         self.continuous_usage = body.continuous_usage
         self._generation = generation
@@ -110,8 +112,8 @@ class _Events:
 class ChatStream(_Events):
     """A chat's answer in chunks."""
 
-    def __init__(self, service: Service, body: ChatBody, generation: Generation) -> None:
-        super().__init__(service, body, generation, "chatcmpl")
+    def __init__(self, served: Served, body: ChatBody, generation: Generation) -> None:
+        super().__init__(served, body, generation, "chatcmpl")
         self._logprobs = body.logprobs
         self._plain = _Frame(lambda text: self._chunk(ChatDelta(Delta(content=text))))
 
@@ -144,8 +146,8 @@ class ChatStream(_Events):
 class CompletionStream(_Events):
     """A completion in chunks."""
 
-    def __init__(self, service: Service, body: CompletionBody, generation: Generation) -> None:
-        super().__init__(service, body, generation, "cmpl")
+    def __init__(self, served: Served, body: CompletionBody, generation: Generation) -> None:
+        super().__init__(served, body, generation, "cmpl")
         self._logprobs = body.logprobs is not None
         self._offset = 0
         self._plain = _Frame(lambda text: self._chunk(CompletionChoice(text)))
@@ -196,29 +198,31 @@ class _Head(TypedDict):
     system_fingerprint: str
 
 
-def _head(service: Service, prefix: str) -> _Head:
+def _head(served: Served, prefix: str) -> _Head:
     return _Head(
         id=f"{prefix}-{secrets.token_hex(12)}",
         created=int(time.time()),
-        model=service.bundle.name,
-        system_fingerprint=service.fingerprint,
+        model=served.name,
+        system_fingerprint=served.fingerprint,
     )
 
 
-def _model(service: Service) -> Model:
-    return Model(id=service.bundle.name, created=service.bundle.created, max_model_len=service.context)
+def _model(service: Service, model: fleet.Model) -> Model:
+    served = service.roster.loaded(model.name)
+    context = model.context if served is None else served.context
+    return Model(id=model.name, created=model.created, max_model_len=context, state=model.state, reason=model.reason or None)
 
 
-async def _prompt(service: Service, prompt: str | list[str | int]) -> list[int]:
+async def _prompt(served: Served, prompt: str | list[str | int]) -> list[int]:
     """The tokens of a completion's prompt, which may be text, one text in a list, or tokens."""
     if isinstance(prompt, str):
-        return await service.tokenize(prompt)
+        return await served.tokenize(prompt)
     tokens = [token for token in prompt if isinstance(token, int)]
     if len(tokens) == len(prompt):
-        service.check_tokens(tokens)
+        served.check_tokens(tokens)
         return tokens
     if len(prompt) == 1 and isinstance(prompt[0], str):
-        return await service.tokenize(prompt[0])
+        return await served.tokenize(prompt[0])
     if tokens:
         raise bad_request("The value of 'prompt' mixes texts and tokens; send one text, or a list of token ids.", "prompt")
     raise bad_request(f"The value of 'prompt' has {len(prompt)} texts; send one a request.", "prompt")

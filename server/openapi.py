@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import web
 
 from server.access import METRICS, OPEN
+from server.admin import ModelStatus, ServerStatus
 from server.answers import ChatChunk, ChatCompletion, Completion, Model, ModelList
 from server.bodies import MAX_BODY, ChatBody, CompletionBody, GenerateBody
 from server.errors import ErrorBody
@@ -32,7 +33,9 @@ Schema = dict[str, Any]
 class Status(msgspec.Struct, frozen=True):
     """How the server is."""
 
-    status: Literal["ok", "ready"]
+    status: Literal["ok", "ready", "degraded"]
+    models: dict[str, str] = {}
+    """Of those that cannot be served: why."""
 
 
 @dataclass(frozen=True)
@@ -61,25 +64,28 @@ _OUTCOMES = {
     400: "The body is no JSON, a value is wrong or asks for what this server does not do, or the prompt does not fit the "
     "context; `param` names the field.",
     401: "An API key is needed, and none or an unknown one was sent.",
+    403: "The key is no admin key.",
     404: "There is no such model.",
     408: "The client read too slowly, and the answer was given up.",
+    409: "It cannot be done; the message says why.",
     413: f"The body is larger than {MAX_BODY} bytes.",
     429: "The queue is full.",
     500: "The engine failed on this request.",
-    503: "The engine is loading, restarting or shutting down.",
+    503: "The model cannot be had now: it is quarantined, has no room or was not loaded in time; or the server shuts down.",
     504: "The request ran out of the time that it may wait or take.",
 }
 """When each status other than 200 comes."""
 
 _GENERATING = (404, 408, 429, 500, 503, 504)
 _CHUNKS = "Server-sent events, the data of each JSON but for the last, [DONE]. What goes wrong on the way is an event `error`."
-_MODEL_ID: Schema = {
-    "name": "id",
+_MODEL_NAME: Schema = {
+    "name": "name",
     "in": "path",
     "required": True,
     "description": "The model's id.",
     "schema": {"type": "string", "minLength": 1},
 }
+_MODEL_ID: Schema = {**_MODEL_NAME, "name": "id"}
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/chat/completions"): Operation(
@@ -110,7 +116,22 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/v1/models/{id}"): Operation("model", "Describe a model.", {JSON: Model}, parameters=(_MODEL_ID,), errors=(404,)),
     ("GET", "/healthz"): Operation("health", "Say that the HTTP process lives.", {JSON: Status}),
     ("GET", "/readyz"): Operation("readiness", "Say whether requests are taken.", {JSON: Status}, errors=(503,)),
-    ("GET", METRICS): Operation("metrics", "Numbers for Prometheus, in its text format.", {TEXT: Stream("The numbers.")}),
+    ("GET", METRICS): Operation(
+        "metrics", "Numbers for Prometheus, in its text format.", {TEXT: Stream("The numbers.")}, errors=(503,)
+    ),
+    ("GET", "/admin/status"): Operation(
+        "status", "Tell what the server does and holds.", {JSON: ServerStatus}, errors=(403, 503)
+    ),
+    **{
+        ("POST", f"/admin/models/{{name}}/{action}"): Operation(
+            action, summary, {JSON: ModelStatus}, parameters=(_MODEL_NAME,), errors=(403, 404, 409)
+        )
+        for action, summary in (
+            ("load", "Load a model, or wait until it is loaded."),
+            ("unload", "Have a model's answers finish, and end its processes."),
+            ("reload", "Load a model's bundle as it is now, and have it take the place of the one that is loaded."),
+        )
+    },
     ("GET", "/openapi.json"): Operation("openapi", "This description.", {JSON: Stream("OpenAPI 3.1.")}),
 }
 """Every route, by method and path. HEAD goes where GET does."""

@@ -6,17 +6,14 @@ from pathlib import Path
 from runtime import devices, logs
 from runtime.devices import Device, DeviceError
 from server import settings
-
-CONTEXT = 4096
-"""Tokens a slot holds unless the model has fewer or the command line says otherwise: memory grows with it."""
-CPU_SLOTS = 8
-"""Slots of a worker on the CPU unless the command line says otherwise; on a GPU its free memory decides."""
+from server.launch import CONTEXT, CPU_SHARE, CPU_SLOTS, bytes_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
-    parser.description = "Serve an engine bundle over HTTP, with OpenAI's API and a plainer one of its own."
-    parser.epilog = "Stop it with Ctrl-C or SIGTERM: running answers get 10 seconds to finish, a second signal ends them."
+    parser.description = "Serve engine bundles over HTTP, with OpenAI's API and a plainer one of its own."
+    parser.epilog = "Stop it with Ctrl-C or SIGTERM: running answers get --drain-seconds to finish, a second signal ends them."
+    parser.set_defaults(models={})
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -38,14 +35,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _describe_engines(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", help="a bundle's name, or its folder (default: the first in --engines)")
+    group.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        help="a bundle's name, or its folder, to load at the start; several with commas. The first is meant where a request "
+        "names none; other bundles in --engines are loaded when they are asked for (default: the first in --engines)",
+    )
     group.add_argument("--engines", type=Path, default=Path("engines"), help="folder of the bundles (default: %(default)s)")
     group.add_argument(
         "--device",
         metavar="LIST",
         type=_devices,
         default="cpu",
-        help="cpu or cuda:N; several, as cuda:0,cuda:1, run an engine each and share the load (default: %(default)s)",
+        help="cpu or cuda:N; several, as cuda:0,cuda:1, run an engine each and share the load; cpu,cpu shares out the cores "
+        "(default: %(default)s)",
+    )
+    group.add_argument("--replicas", type=_positive, help="engines of a model, at most (default: one on each device)")
+    group.add_argument(
+        "--memory",
+        metavar="SIZE",
+        type=_memory,
+        help="that all engines on the CPU may take together, as 12GiB; the model that was asked for least recently makes room "
+        f"for another (default: {CPU_SHARE:.0%} of the machine's or the container's)",
     )
     group.add_argument("--variant", help="engine to run, e.g. cpu-int4 (default: the best that --device runs)")
     group.add_argument(
@@ -57,13 +69,19 @@ def _describe_engines(group: argparse._ArgumentGroup) -> None:
         "--context", type=_positive, help=f"tokens of prompt and answer together (default: the model's own, at most {CONTEXT})"
     )
     group.add_argument(
-        "--gpu-memory", metavar="SHARE", type=_share, help="most of a GPU's memory that an engine takes, up to 1 (default: 0.9)"
+        "--gpu-memory", metavar="SHARE", type=_share, help="most of a GPU's memory that engines take, up to 1 (default: 0.9)"
     )
     group.add_argument("--build-on-load", action="store_true", help="build a TensorRT engine for this GPU where there is none")
     group.add_argument(
         "--provider",
         choices=["cuda", "tensorrt", "tensorrt-rtx"],
         help="ONNX Runtime's provider that runs a cuda variant (default: cuda)",
+    )
+    group.add_argument(
+        "--watchdog-seconds",
+        type=_positive_seconds,
+        default=60.0,
+        help="an engine from which nothing comes for so long, its steps included, is replaced (default: %(default)g)",
     )
 
 
@@ -83,7 +101,8 @@ def _describe_queue(group: argparse._ArgumentGroup) -> None:
         "--queue-seconds",
         type=_seconds,
         default=0,
-        help="how long a request may wait for a slot; then it gets status 504 (default: as long as its client)",
+        help="how long a request may wait for a slot, the loading of its model included; then it gets status 504 (default: as "
+        "long as its client, and a minute for the loading)",
     )
     group.add_argument(
         "--total-seconds",
@@ -104,6 +123,21 @@ def _describe_guesses(group: argparse._ArgumentGroup) -> None:
 def _describe_doors(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     group.add_argument("--port", type=_port, default=8000, help="port to listen on, 0 takes a free one (default: %(default)s)")
+    group.add_argument(
+        "--http-processes",
+        type=_positive,
+        default=1,
+        help="that share the port, each one core at most (default: %(default)s)",
+    )
+    group.add_argument(
+        "--drain-seconds",
+        type=_seconds,
+        default=10.0,
+        help="what running answers get to finish when the server stops or a model is unloaded (default: %(default)g)",
+    )
+    group.add_argument(
+        "--admin-socket", metavar="FILE", type=Path, help="a unix socket that opens /admin to its owner without a key"
+    )
     group.add_argument(
         "--keys", metavar="FILE", type=Path, help="API keys that are taken, see: engineshed keys (default: none needed)"
     )
@@ -151,17 +185,25 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _positive_seconds(text: str) -> float:
+    seconds = _seconds(text)
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"{text} is no length of time; give seconds above 0")
+    return seconds
+
+
+def _memory(text: str) -> int:
+    try:
+        return bytes_of(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory; write for instance 12GiB or 800MiB") from None
+
+
 def _devices(text: str) -> tuple[Device, ...]:
     try:
-        found = devices.parse_list(text)
+        return devices.parse_list(text)
     except DeviceError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if len({device.kind for device in found}) > 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} mixes CPU and GPU: they run different variants, which answer differently and at very different speeds; "
-            "name devices of one kind, or start a second server with another --port"
-        )
-    return found
 
 
 def _between(text: str, least: int, most: int | None = None) -> int:

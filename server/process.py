@@ -1,6 +1,6 @@
-"""An engine's process, as the server starts and ends it.
+"""A child process, as the server starts and ends it.
 
-This imports little: the engine loads while the server still imports what HTTP needs.
+This imports little: the engines load while the other processes still import what they need.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Self
 import runtime
 
 CODE = Path(runtime.__file__).parent.parent
-"""Where this process has its code from, so that a worker has the same, whatever the working directory."""
+"""Where this process has its code from, so that its children have the same, whatever the working directory."""
 _LONGEST_PATH = 107
 """Bytes of a socket's path: `sun_path` of unix(7) without its final null."""
 
@@ -36,24 +36,33 @@ def command(folder: Path, variant: str, **options: Path | str | float | bool | N
     return line
 
 
-class EngineProcess:
-    """A running `command`, given `--socket=ADDRESS` and a stdin whose end says that this process is gone.
+class SocketFolder:
+    """A folder that only its owner can enter, with room for a ZeroMQ socket. Raises ServeError where none can be had."""
 
-    A context, at whose end nothing is left of it. Raises ServeError where no socket can be had.
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="engineshed-")
+        path = f"{self._folder.name}/socket"
+        if len(os.fsencode(path)) > _LONGEST_PATH:
+            self._folder.cleanup()
+            raise ServeError(f"no socket can be made at {path}: the path is too long; try a shorter TMPDIR")
+        self.address = f"ipc://{path}"
+
+    def cleanup(self) -> None:
+        """Remove it and what is in it."""
+        self._folder.cleanup()
+
+
+class ChildProcess:
+    """A running `command` with a stdin whose end says that this process is gone.
+
+    A context, at whose end nothing is left of it.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="engineshed-")  # which only its owner can enter
-        path = f"{self._folder.name}/engine"
-        if len(os.fsencode(path)) > _LONGEST_PATH:
-            self._folder.cleanup()
-            raise ServeError(f"no engine can be reached at {path}: the path is too long; try a shorter TMPDIR")
         self.command = command
         """What it runs, for another process to take its place."""
-        self.address = f"ipc://{path}"
-        """Of the ZeroMQ socket that the process binds once it has loaded its engine."""
         self._process = subprocess.Popen(
-            [*command, f"--socket={self.address}"],
+            command,
             stdin=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(CODE), *filter(None, [os.environ.get("PYTHONPATH")])])},
             start_new_session=True,  # Ctrl-C in a terminal is for this process, which then ends that one in good order.
@@ -66,7 +75,11 @@ class EngineProcess:
         self.hang_up()
         self.kill()
         self.wait()
-        self._folder.cleanup()
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
 
     def wait(self) -> int:
         """Block until the process has ended; gives its exit code."""
@@ -77,6 +90,25 @@ class EngineProcess:
         assert self._process.stdin is not None
         self._process.stdin.close()
 
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it has not ended."""
+        self._process.send_signal(number)
+
     def kill(self) -> None:
         """End the process, if it has not ended."""
         self._process.kill()
+
+
+class EngineProcess(ChildProcess):
+    """A running worker, given `--socket=ADDRESS`. Raises ServeError where no socket can be had."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._folder = SocketFolder()
+        self.address = self._folder.address
+        """Of the ZeroMQ socket that the process binds once it has loaded its engine."""
+        super().__init__([*command, f"--socket={self.address}", f"--parent={os.getpid()}"])
+        self.command = command
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        super().__exit__(kind, error, trace)
+        self._folder.cleanup()

@@ -1,22 +1,28 @@
-"""`engineshed serve`: the engines' processes, which load while this one imports what HTTP needs."""
+"""`engineshed serve`: from the command line to a supervisor and its processes."""
 
 import argparse
+import asyncio
+import functools
 import logging
+import os
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
-from runtime import bundle as bundles
-from runtime import devices, logs
-from runtime.bundle import MANIFEST, Bundle, BundleError, Variant
-from runtime.devices import Device
-from server.doors import Doors, Limits
-from server.options import CONTEXT, CPU_SLOTS, configure
-from server.process import EngineProcess, ServeError, command
+import msgspec
 
-__all__ = ["choose", "commands", "configure", "doors", "run"]
+from runtime import devices, logs
+from runtime.bundle import BundleError
+from runtime.devices import DeviceError
+from server import fronts, listen
+from server.catalog import Catalog, Entry
+from server.doors import Doors, Limits, Settings
+from server.launch import Common, ModelOptions, named, seats
+from server.options import configure
+from server.process import ServeError
+from server.supervisor import Plan, Supervisor
+
+__all__ = ["configure", "doors", "plan", "run"]
 
 log = logging.getLogger("engineshed")
 
@@ -26,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     logs.setup(args.log_level, args.log_format)
     try:
         _serve(args)
-    except (BundleError, ServeError) as error:
+    except (BundleError, DeviceError, ServeError) as error:
         print(f"engineshed serve: {error}", file=sys.stderr)
         return 1
     return 0
@@ -36,82 +42,102 @@ def _serve(args: argparse.Namespace) -> None:
     stops: list[int] = []  # Signals that come before the event loop listens to them: they are to interrupt nothing half done.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stops.append(number))
-    folder, bundle = choose(args.engines, args.model)
-    variant = bundle.for_device(args.device[0].kind, args.variant)
-    workers = commands(args, folder, bundle, variant)
-    log.info("loading %s (%s) on %s", bundle.name, variant.name, ", ".join(workers))
-    with ExitStack() as stack:
-        processes = {name: stack.enter_context(EngineProcess(worker)) for name, worker in workers.items()}
-        from server import listening  # which imports aiohttp, tokenizers and more
-
-        limits = Limits(args.queue_seconds, args.total_seconds)
-        listening.run(doors(args), limits, folder, bundle, variant, processes, stops)
+    with listen.reserve(args.host, args.port) as held:
+        asyncio.run(Supervisor(plan(args, held.getsockname()[1])).run(stops))
 
 
-def doors(args: argparse.Namespace) -> Doors:
+def plan(args: argparse.Namespace, port: int) -> Plan:
+    """What `args` has the supervisor keep, with the HTTP processes on `port`. Raises BundleError, DeviceError, ServeError."""
+    models = _models(args.model)
+    catalog = Catalog(args.engines, named(models))
+    preload = [_name(catalog, model) for model in models]
+    if not models:
+        preload = [name for name, entry in catalog.entries.items() if isinstance(entry, Entry)][:1] or [""]
+    for name in preload:
+        catalog.find(name)  # whoever starts the server is to be told at once
+    unknown = [name for name in args.models if name not in catalog.entries]
+    if unknown:
+        raise ServeError(f"{args.config} has options for a model {unknown[0]!r}, which is none of {', '.join(catalog.entries)}")
+    inside = doors(args, port)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    return Plan(
+        catalog=catalog,
+        seats=seats(args.device, args.memory, args.gpu_memory or devices.GPU_MEMORY),
+        common=_common(args),
+        preload=preload,
+        fronts=args.http_processes,
+        front=functools.partial(_front, args, inside),
+        url=f"{'http' if inside.certificate is None else 'https'}://{host}:{port}",
+        drain_seconds=args.drain_seconds,
+        silence=args.watchdog_seconds,
+    )
+
+
+def doors(args: argparse.Namespace, port: int) -> Doors:
     """Where `args` has the server listen, and whom it lets in. Raises ServeError."""
     if (args.tls_cert is None) != (args.tls_key is None):
         raise ServeError("--tls-cert and --tls-key go together: a certificate, and the key that belongs to it")
     return Doors(
         host=args.host,
-        port=args.port,
-        keys=args.keys,
+        port=port,
+        keys=_text(args.keys),
         protect_metrics=args.protect_metrics,
-        origins=frozenset(origin.strip() for text in args.cors_origin for origin in text.split(",")),
-        certificate=args.tls_cert,
-        certificate_key=args.tls_key,
+        origins=tuple(origin.strip() for text in args.cors_origin for origin in text.split(",")),
+        certificate=_text(args.tls_cert),
+        certificate_key=_text(args.tls_key),
+        admin_socket=_text(args.admin_socket),
     )
 
 
-def commands(args: argparse.Namespace, folder: Path, bundle: Bundle, variant: Variant) -> dict[str, list[str]]:
-    """The worker's command line for each device in `args`, by what log and metrics call it. Raises BundleError."""
-    longest = bundle.longest(variant)
-    context = args.context or min(CONTEXT, longest)
-    if context > longest:
-        raise BundleError(f"{variant.name} of bundle {bundle.name!r} is made for {longest} tokens; --context {context} is more")
-    on_cpu, threads = variant.target == "cpu", None
-    if on_cpu and len(args.device) > 1:  # Workers with as many threads as cores each would wait for each other in every step.
-        threads = max(1, devices.cpu().cores // len(args.device))
-    shared = command(
-        folder,
-        variant.name,
-        slots=args.slots or (CPU_SLOTS if on_cpu else None),
-        context=context,
-        queue=args.queue,
-        queue_tokens=args.queue_tokens,
-        threads=threads,
-        no_speculation=args.no_speculation,
-        draft=None if args.draft is None else choose(args.engines, args.draft)[0],
-        draft_variant=args.draft_variant,
-        gpu_memory=args.gpu_memory,
-        build_on_load=args.build_on_load,
-        provider=args.provider,
+def _front(args: argparse.Namespace, inside: Doors, name: str, supervisor: str) -> list[str]:
+    """The command line of an HTTP process."""
+    alone = inside if name == "http-0" else msgspec.structs.replace(inside, admin_socket=None)
+    settings = Settings(
+        name=name,
+        supervisor=supervisor,
+        parent=os.getpid(),
+        doors=alone,
+        limits=Limits(args.queue_seconds, args.total_seconds),
+        drain_seconds=args.drain_seconds,
+        waiting=args.queue,
         log_level=args.log_level,
         log_format=args.log_format,
     )
-    return {name: [*shared, f"--device={device}"] for name, device in zip(_names(args.device), args.device, strict=True)}
+    return fronts.command(msgspec.json.encode(settings).decode())
 
 
-def _names(wanted: Sequence[Device]) -> list[str]:
-    """Each device, with a number where it has several workers: cpu#1, cpu#2."""
-    names = [str(device) for device in wanted]
-    return [
-        name if names.count(name) == 1 else f"{name}#{names[:place].count(name)}" for place, name in enumerate(names, start=1)
-    ]
+def _common(args: argparse.Namespace) -> Common:
+    options = ModelOptions(
+        replicas=args.replicas,
+        variant=args.variant,
+        slots=args.slots,
+        context=args.context,
+        draft=args.draft,
+        draft_variant=args.draft_variant,
+    )
+    worker = {
+        "queue": args.queue,
+        "queue_tokens": args.queue_tokens,
+        "no_speculation": args.no_speculation,
+        "gpu_memory": args.gpu_memory,
+        "build_on_load": args.build_on_load,
+        "provider": args.provider,
+        "log_level": args.log_level,
+        "log_format": args.log_format,
+    }
+    return Common(options, worker, args.models)
 
 
-def choose(engines: Path, model: str | None) -> tuple[Path, Bundle]:
-    """The bundle that is meant by `model`, a folder or a name in `engines`; None takes the first. Raises BundleError."""
-    if model is not None and (Path(model) / MANIFEST).is_file():
-        folder = Path(model)
-    else:
-        found = bundles.scan(engines)
-        if not found:
-            raise BundleError(f"there is no engine bundle in {engines}; build one with: engineshed export")
-        name = next(iter(found)) if model is None else model
-        if name not in found:
-            raise BundleError(
-                f"there is no bundle {name!r} in {engines}, which has {', '.join(found)}; see: engineshed engines"
-            )
-        folder = engines / name
-    return folder, bundles.read(folder)
+def _models(texts: list[str]) -> list[str]:
+    return [model.strip() for text in texts for model in text.split(",") if model.strip()]
+
+
+def _name(catalog: Catalog, model: str) -> str:
+    """What the catalog calls `model`, a name or a folder."""
+    folder = Path(model)
+    entries = [entry for entry in catalog.entries.values() if isinstance(entry, Entry)]
+    return next((entry.name for entry in entries if entry.folder == folder), model)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

@@ -1,169 +1,93 @@
-"""What the routes share: the model that is served, its text, and the way to its engine."""
+"""What the routes share: the models there are, and how long a request may wait for one."""
 
-import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 from aiohttp import web
 
-from runtime.bundle import Bundle, Variant
-from runtime.messages import Generate, Ready
-from runtime.text import Text, TextError
-from server.access import CLIENT
-from server.attempts import Attempts
-from server.bodies import GenerationBody, Message
-from server.engine_client import EngineClient
-from server.errors import ApiError, bad_request, unavailable
-from server.generation import Generation, sampling
+from server.doors import Limits
+from server.errors import ApiError, unavailable
+from server.fleet import Action, Model, Outcome, Status
 from server.journal import ENTRY
 from server.metrics import Metrics
-from server.replicas import Prompts, Replica, choose, least_busy
+from server.roster import Roster
+from server.served import Served
 
-LONG_TEXT = 10_000
-"""Characters from which text is tokenized in a thread, so that the streams do not wait for it."""
+PATIENCE_SECONDS = 60.0
+"""How long a request waits for its model to be loaded where no limit of time is set."""
 
 
 @dataclass
 class Service:
-    """One model behind one engine, which may run on several devices."""
+    """The models, as one HTTP process serves them."""
 
-    bundle: Bundle
-    variant: Variant
-    text: Text
-    replicas: Sequence[Replica]
-    metrics: Metrics = field(init=False)
-    queue_seconds: float = 0.0
-    """How long a request may wait for a slot; 0 sets no limit."""
-    total_seconds: float = 0.0
-    """How long it may take altogether, likewise."""
+    roster: Roster
+    metrics: Metrics
+    status: Callable[[], Awaitable[Status]]
+    """Asks the supervisor what all processes do and hold."""
+    command: Callable[[Action, str], Awaitable[Outcome]]
+    """Has it do something with a model."""
+    limits: Limits = field(default_factory=Limits)
     draining: bool = False
     """Set when the server stops: what runs goes on, nothing new is taken."""
+    requests: int = 0
+    """HTTP requests that have not been answered to their end."""
 
-    def __post_init__(self) -> None:
-        """Begin to count."""
-        self.metrics = Metrics(self.replicas)
-        self._prompts = Prompts()
+    def check_ready(self) -> list[Model]:
+        """The models that cannot be served, although the server works. Raises ApiError 503 while it does not.
 
-    @property
-    def fingerprint(self) -> str:
-        """OpenAI's system_fingerprint: changes with the engine's model file."""
-        model = next(file for file in self.variant.files if file.path == self.variant.model)
-        return f"fp_{model.sha256[:10]}"
-
-    @property
-    def context(self) -> int:
-        """Tokens of prompt and answer together: the engine's, or as long as there is none the model's own."""
-        connection = least_busy(self.replicas)
-        return self.bundle.max_length if connection is None else connection[1].context
-
-    def check_ready(self) -> None:
-        """Raise ApiError 503 while no request can be taken."""
-        self._connection()
-
-    def check_model(self, name: str | None) -> None:
-        """Raise ApiError 404 unless `name` is the model that is served, or None."""
-        if name is not None and name != self.bundle.name:
-            raise ApiError(
-                404,
-                f"The model {name!r} does not exist; this server has {self.bundle.name!r}.",
-                param="model",
-                code="model_not_found",
-            )
-
-    def check_tokens(self, tokens: list[int]) -> None:
-        """Raise ApiError 400 if one of a prompt's `tokens` is not in the vocabulary."""
-        for token in tokens:
-            if not 0 <= token < self.bundle.vocab_size:
-                raise bad_request(f"The prompt's token {token} is not between 0 and {self.bundle.vocab_size - 1}.", "prompt")
-
-    async def tokenize(self, text: str, *, of: str = "prompt", special: bool = True) -> list[int]:
-        """The tokens of the text in the body's field `of`, with the beginning-of-sequence token if `special` and the model
-        has one; raises ApiError 400.
+        It works once a model that was to be loaded at the start takes requests, and every other one of them is loaded or has
+        failed for good; with none to be loaded, from the start.
         """
-        encode = partial(self.text.encode, text, special=special)
-        try:
-            return await asyncio.to_thread(encode) if len(text) > LONG_TEXT else encode()
-        except TextError as error:
-            raise bad_request(str(error), of) from None
-
-    async def tokenize_chat(self, messages: list[Message]) -> list[int]:
-        """The tokens of a chat in the model's own template, up to where its answer begins; raises ApiError 400."""
-        turns = [{"role": "system" if turn.role == "developer" else turn.role, "content": turn.text} for turn in messages]
-        try:
-            if sum(len(turn["content"]) for turn in turns) > LONG_TEXT:
-                return await asyncio.to_thread(self.text.chat, turns)
-            return self.text.chat(turns)
-        except TextError as error:
-            raise bad_request(str(error), "messages") from None
-
-    @contextmanager
-    def generate(
-        self, request: web.Request, body: GenerationBody, prompt: list[int], *, of: str, prediction: Sequence[int] = ()
-    ) -> Iterator[Generation]:
-        """Ask the engine to continue `prompt`, the tokens of the body's field `of`; leaving the context frees its slot.
-
-        `prediction` is what the client expects as the answer. Raises ApiError: 400 if the prompt is empty, or has no room
-        in the context together with max_tokens; 503.
-        """
-        client, ready = self._connection(prompt)
-        wanted = Generate(
-            id="",
-            prompt=prompt,
-            max_tokens=_room(ready, body, prompt, of),
-            sampling=sampling(body),
-            stop_ids=[] if body.ignore_eos else list(self.bundle.stop_ids),
-            speculation=body.speculation is not False,
-            prediction=list(prediction[: ready.context]),
-            client=request[CLIENT].name,
-            priority=request[CLIENT].priority,
-            queue_seconds=self.queue_seconds,
-            total_seconds=self.total_seconds,
-        )
-        with Attempts(wanted, client, self._other) as answer:
-            generation = Generation(prompt, request[ARRIVED], answer, self.text.stream(body.stops), self.metrics)
-            request[ENTRY].model, request[ENTRY].answer = self.bundle.name, generation
-            yield generation
-
-    def _other(self) -> EngineClient | None:
-        """An engine for a request whose own has stopped; also while this server drains, for it was taken before."""
-        connection = least_busy(self.replicas)
-        return None if connection is None else connection[0]
-
-    def _connection(self, prompt: Sequence[int] = ()) -> tuple[EngineClient, Ready]:
         if self.draining:
             raise unavailable("The server is shutting down.")
-        connection = choose(self.replicas, self._prompts, prompt)
-        if connection is None:
-            raise unavailable("The engine is not ready: it is loading or being restarted. Try again in a moment.")
-        return connection
+        first = [model for model in self.roster.models if model.preloaded]
+        for model in first:
+            if model.state in ("waiting", "loading") or (model.state == "ready" and self.roster.loaded(model.name) is None):
+                raise unavailable(f"The model {model.name!r} is not ready: it is loading or being restarted.")
+        failed = [model for model in self.roster.models if model.state in ("quarantined", "refused")]
+        if first and all(model in failed for model in first):
+            raise ApiError(
+                503, f"The model {first[0].name!r} is {first[0].state}: {first[0].reason}.", code="model_unavailable"
+            )
+        return failed
+
+    def default(self) -> str:
+        """The model of a request that names none. Raises ApiError."""
+        first = next(iter(self.roster.models), None)
+        if first is None:
+            raise unavailable("No model can be served: there is no bundle. Build one with: engineshed export")
+        return first.name
+
+    def model(self, name: str) -> Model:
+        """The model of that name; raises ApiError 404."""
+        model = self.roster.model(name)
+        if model is None:
+            there = ", ".join(repr(model.name) for model in self.roster.models) or "none"
+            raise ApiError(
+                404, f"The model {name!r} does not exist; this server has {there}.", param="model", code="model_not_found"
+            )
+        return model
+
+    @asynccontextmanager
+    async def lease(self, request: web.Request, name: str | None) -> AsyncIterator[tuple[Served, Limits]]:
+        """The model that a request names, loaded, and what is left of the request's time. Raises ApiError."""
+        if self.draining:
+            raise unavailable("The server is shutting down.")
+        chosen = self.default() if name is None else self.model(name).name
+        limits = [seconds for seconds in (self.limits.queue_seconds, self.limits.total_seconds) if seconds]
+        async with self.roster.lease(chosen, min(limits, default=PATIENCE_SECONDS)) as served:
+            yield served, self._left(time.perf_counter() - request[ENTRY].arrived)
+
+    def _left(self, taken: float) -> Limits:
+        """The limits, less what a request has waited already."""
+
+        def less(seconds: float) -> float:
+            return max(seconds - taken, 0.001) if seconds else 0.0
+
+        return Limits(less(self.limits.queue_seconds), less(self.limits.total_seconds))
 
 
 SERVICE = web.AppKey("service", Service)
-ARRIVED = web.RequestKey("arrived", float)
-STATUS = web.RequestKey("status", int)
-"""The status that a stream would have had, had its error come before its first byte."""
-
-
-def _room(ready: Ready, body: GenerationBody, prompt: list[int], of: str) -> int:
-    """The most tokens that the answer may have."""
-    context, length = ready.context, len(prompt)
-    name, wanted = body.limit
-    if not prompt:
-        raise bad_request("The prompt is empty; there is nothing to continue.", of)
-    if length >= context:
-        raise bad_request(
-            f"The prompt has {length} tokens; with at least one for the answer that is more than the {context} "
-            "tokens of the context. Shorten the prompt.",
-            of,
-            "context_length_exceeded",
-        )
-    if wanted is not None and length + wanted > context:
-        raise bad_request(
-            f"The prompt has {length} tokens and {name} is {wanted}: together {length + wanted}, more than the "
-            f"{context} tokens of the context. Ask for at most {context - length}, or leave {name} out.",
-            name,
-            "context_length_exceeded",
-        )
-    return context - length if wanted is None else wanted

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from server.launch import ModelOptions
+
 
 class FromToml(argparse.Action):
     """Takes a file and acts as if what is in it stood in its place on the command line."""
@@ -20,7 +24,9 @@ class FromToml(argparse.Action):
         """Read the file; ends the program with a sentence that names the key where something is wrong."""
         path = Path(str(values))
         parser.allow_abbrev = False  # A key is the option's whole name.
-        for key, value in _read(parser, path).items():
+        content = _read(parser, path)
+        namespace.models = _models(parser, path, content.pop("models", {}))
+        for key, value in content.items():
             unknown = _is_key(key) and parser.parse_known_args(_option(key, value), namespace)[1]
             if unknown or not _is_key(key):
                 parser.error(f"{path} has a key {key!r} that is no option; see --help")
@@ -35,6 +41,14 @@ def _read(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
         parser.error(f"{path} cannot be read: {error.strerror}")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         parser.error(f"{path} is no TOML: {error}")
+
+
+def _models(parser: argparse.ArgumentParser, path: Path, tables: Any) -> dict[str, ModelOptions]:
+    """What the tables `[models.NAME]` say of single models."""
+    try:
+        return msgspec.convert(tables, dict[str, ModelOptions])
+    except msgspec.ValidationError as error:
+        parser.error(f"{path}: models: {error}")
 
 
 def _is_key(key: str) -> bool:

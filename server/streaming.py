@@ -8,7 +8,7 @@ from aiohttp import web
 
 from server.errors import ApiError
 from server.generation import Generation, Piece
-from server.service import STATUS
+from server.journal import STATUS
 
 SEND_SECONDS = 30.0
 """How long a client may take nothing of what waits for it before its connection is dropped."""
