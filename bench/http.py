@@ -19,13 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import msgspec
 import psutil
 import uvloop
 from aiohttp import web
-from server.listening import calm_collector
 
 from bench import machine
 from bench.arguments import number, writable
@@ -35,7 +34,11 @@ from runtime.messages import Ready
 from runtime.text import Text
 from server import app
 from server.engine_client import EngineClient
+from server.front import calm_collector
+from server.metrics import Metrics
 from server.process import EngineProcess
+from server.roster import Roster
+from server.served import Served
 from server.service import Service
 
 WORDS = " time year people way day man thing woman life child world school state family student group country problem"
@@ -54,7 +57,6 @@ class Direct:
     """The worker of the HTTP process, which is started and watched by the bench instead."""
 
     client: EngineClient | None
-    restarts: int = 0
     device: str = "replay"
 
 
@@ -259,7 +261,10 @@ async def _listen(listening: Connection, manifest: Bundle, variant: Variant, tex
     client = EngineClient(address)
     ready: Ready = await client.attach()
     assert ready.model == manifest.name
-    runner = app.runner(app.build(Service(manifest, variant, text, [Direct(client)])))
+    metrics = Metrics()
+    roster = Roster(metrics, lambda demand: None)
+    roster.adopt("replay", Served(manifest.name, manifest, variant, text, [Direct(client)], metrics))
+    runner = app.runner(app.build(Service(roster, metrics, _alone, _alone)))
     await runner.setup()
     calm_collector()
     await web.TCPSite(runner, "127.0.0.1", 0, backlog=2048).start()
@@ -267,6 +272,11 @@ async def _listen(listening: Connection, manifest: Bundle, variant: Variant, tex
     await stop.wait()
     client.close(ConnectionError("the bench is over"))
     await runner.cleanup()
+
+
+async def _alone(*_: object) -> NoReturn:
+    """In the place of a supervisor, which the bench does without."""
+    raise TimeoutError
 
 
 if __name__ == "__main__":

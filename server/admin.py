@@ -17,7 +17,7 @@ class ServerStatus(msgspec.Struct, frozen=True):
 
     started: float
     """When it was, in seconds since the epoch."""
-    models: tuple[fleet.Model, ...]
+    models: tuple[fleet.Offer, ...]
     engines: tuple[fleet.Engine, ...]
     processes: tuple[fleet.Process, ...]
     memory: tuple[fleet.Memory, ...]
@@ -33,7 +33,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
 async def status(request: web.Request) -> web.Response:
     """Tell what all processes do and hold."""
     require_admin(request)
-    now = await request.app[SERVICE].status()
+    now = await request.app[SERVICE].server_status()
     return _json(ServerStatus(now.started, now.models, now.engines, now.processes, now.memory))
 
 

@@ -69,7 +69,7 @@ async def readiness(request: web.Request) -> web.Response:
 async def metrics(request: web.Request) -> web.Response:
     """Give Prometheus its numbers."""
     service = request.app[SERVICE]
-    return web.Response(body=service.metrics.render(await service.status()), headers={"Content-Type": CONTENT_TYPE})
+    return web.Response(body=service.metrics.render(await service.server_status()), headers={"Content-Type": CONTENT_TYPE})
 
 
 @web.middleware

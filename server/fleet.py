@@ -46,7 +46,7 @@ class Deployment(msgspec.Struct, frozen=True):
     workers: tuple[Worker, ...]
 
 
-class Model(msgspec.Struct, frozen=True):
+class Offer(msgspec.Struct, frozen=True):
     """A bundle that can be asked for."""
 
     name: str
@@ -65,7 +65,7 @@ class Fleet(msgspec.Struct, frozen=True, tag=True):
     """Everything that there is to ask."""
 
     version: int
-    models: tuple[Model, ...]
+    models: tuple[Offer, ...]
     """The one that is meant where a request names none comes first."""
     deployments: tuple[Deployment, ...]
     """The newest of a model comes last."""
@@ -131,7 +131,7 @@ class Status(msgspec.Struct, frozen=True, tag=True):
     id: int
     started: float
     """When the server was, in seconds since the epoch."""
-    models: tuple[Model, ...]
+    models: tuple[Offer, ...]
     engines: tuple[Engine, ...]
     processes: tuple[Process, ...]
     memory: tuple[Memory, ...]

@@ -37,8 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def _describe_engines(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--model",
-        action="append",
-        default=[],
+        type=_names,
+        default=(),
         help="a bundle's name, or its folder, to load at the start; several with commas. The first is meant where a request "
         "names none; other bundles in --engines are loaded when they are asked for (default: the first in --engines)",
     )
@@ -57,7 +57,7 @@ def _describe_engines(group: argparse._ArgumentGroup) -> None:
         metavar="SIZE",
         type=_memory,
         help="that all engines on the CPU may take together, as 12GiB; the model that was asked for least recently makes room "
-        f"for another (default: {CPU_SHARE:.0%} of the machine's or the container's)",
+        f"for another (default: {CPU_SHARE:.0%}% of the machine's or the container's)",
     )
     group.add_argument("--variant", help="engine to run, e.g. cpu-int4 (default: the best that --device runs)")
     group.add_argument(
@@ -151,6 +151,10 @@ def _describe_doors(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--tls-cert", metavar="FILE", type=Path, help="PEM certificate with its chain; HTTPS instead of HTTP")
     group.add_argument("--tls-key", metavar="FILE", type=Path, help="its PEM key")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _positive(text: str) -> int:

@@ -18,7 +18,7 @@ from runtime.text import Text
 from server import fleet
 from server.engine_client import EngineClient, EngineUnavailableError
 from server.errors import ApiError, unavailable
-from server.fleet import Demand, Fleet, Model
+from server.fleet import Demand, Fleet, Offer
 from server.metrics import Metrics
 from server.served import Served
 
@@ -93,7 +93,7 @@ class Roster:
         self._metrics = metrics
         self._tell = tell
         self._limit = waiting
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, Offer] = {}
         self._deployed: dict[str, _Deployed] = {}
         self._waiting: Counter[str] = Counter()
         self._used: dict[str, float] = {}
@@ -176,17 +176,17 @@ class Roster:
     # What requests need -------------------------------------------------------------------------------------------
 
     @property
-    def models(self) -> Iterable[Model]:
+    def models(self) -> Iterable[Offer]:
         """All that can be asked for, the one that is meant where none is named first."""
         return self._models.values()
 
-    def model(self, name: str) -> Model | None:
+    def model(self, name: str) -> Offer | None:
         """The model of that name."""
         return self._models.get(name)
 
     def adopt(self, id_: str, served: Served) -> None:
         """Go by a model whose engines somebody else keeps, as a bench does."""
-        model = Model(served.name, "ready", served.bundle.created, served.bundle.max_length)
+        model = Offer(served.name, "ready", served.bundle.created, served.bundle.max_length, preloaded=True)
         self._models[served.name] = model
         deployed = self._deployed[id_] = _Deployed(fleet.Deployment(id_, served.name, "", "", False, ()))
         deployed.served = served

@@ -22,7 +22,7 @@ from server.options import configure
 from server.process import ServeError
 from server.supervisor import Plan, Supervisor
 
-__all__ = ["configure", "doors", "plan", "run"]
+__all__ = ["common", "configure", "doors", "plan", "run"]
 
 log = logging.getLogger("engineshed")
 
@@ -48,10 +48,9 @@ def _serve(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace, port: int) -> Plan:
     """What `args` has the supervisor keep, with the HTTP processes on `port`. Raises BundleError, DeviceError, ServeError."""
-    models = _models(args.model)
-    catalog = Catalog(args.engines, named(models))
-    preload = [_name(catalog, model) for model in models]
-    if not models:
+    catalog = Catalog(args.engines, named(args.model))
+    preload = [_name(catalog, model) for model in args.model]
+    if not preload:
         preload = [name for name, entry in catalog.entries.items() if isinstance(entry, Entry)][:1] or [""]
     for name in preload:
         catalog.find(name)  # whoever starts the server is to be told at once
@@ -63,7 +62,7 @@ def plan(args: argparse.Namespace, port: int) -> Plan:
     return Plan(
         catalog=catalog,
         seats=seats(args.device, args.memory, args.gpu_memory or devices.GPU_MEMORY),
-        common=_common(args),
+        common=common(args),
         preload=preload,
         fronts=args.http_processes,
         front=functools.partial(_front, args, inside),
@@ -106,7 +105,8 @@ def _front(args: argparse.Namespace, inside: Doors, name: str, supervisor: str) 
     return fronts.command(msgspec.json.encode(settings).decode())
 
 
-def _common(args: argparse.Namespace) -> Common:
+def common(args: argparse.Namespace) -> Common:
+    """What `args` says of engines."""
     options = ModelOptions(
         replicas=args.replicas,
         variant=args.variant,
@@ -115,7 +115,7 @@ def _common(args: argparse.Namespace) -> Common:
         draft=args.draft,
         draft_variant=args.draft_variant,
     )
-    worker = {
+    worker: dict[str, str | float | bool | None] = {
         "queue": args.queue,
         "queue_tokens": args.queue_tokens,
         "no_speculation": args.no_speculation,
@@ -126,10 +126,6 @@ def _common(args: argparse.Namespace) -> Common:
         "log_format": args.log_format,
     }
     return Common(options, worker, args.models)
-
-
-def _models(texts: list[str]) -> list[str]:
-    return [model.strip() for text in texts for model in text.split(",") if model.strip()]
 
 
 def _name(catalog: Catalog, model: str) -> str:

@@ -9,14 +9,13 @@ from aiohttp import web
 
 from server.doors import Limits
 from server.errors import ApiError, unavailable
-from server.fleet import Action, Model, Outcome, Status
+from server.fleet import Action, Offer, Outcome, Status
 from server.journal import ENTRY
 from server.metrics import Metrics
 from server.roster import Roster
 from server.served import Served
 
 PATIENCE_SECONDS = 60.0
-"""How long a request waits for its model to be loaded where no limit of time is set."""
 
 
 @dataclass
@@ -30,12 +29,14 @@ class Service:
     command: Callable[[Action, str], Awaitable[Outcome]]
     """Has it do something with a model."""
     limits: Limits = field(default_factory=Limits)
+    patience: float = PATIENCE_SECONDS
+    """How long a request waits for its model to be loaded where no limit of time is set."""
     draining: bool = False
     """Set when the server stops: what runs goes on, nothing new is taken."""
     requests: int = 0
     """HTTP requests that have not been answered to their end."""
 
-    def check_ready(self) -> list[Model]:
+    def check_ready(self) -> list[Offer]:
         """The models that cannot be served, although the server works. Raises ApiError 503 while it does not.
 
         It works once a model that was to be loaded at the start takes requests, and every other one of them is loaded or has
@@ -61,7 +62,7 @@ class Service:
             raise unavailable("No model can be served: there is no bundle. Build one with: engineshed export")
         return first.name
 
-    def model(self, name: str) -> Model:
+    def model(self, name: str) -> Offer:
         """The model of that name; raises ApiError 404."""
         model = self.roster.model(name)
         if model is None:
@@ -71,6 +72,13 @@ class Service:
             )
         return model
 
+    async def server_status(self) -> Status:
+        """What all processes do and hold. Raises ApiError 503 where the supervisor does not say."""
+        try:
+            return await self.status()
+        except TimeoutError:
+            raise unavailable("The supervisor does not answer.") from None
+
     @asynccontextmanager
     async def lease(self, request: web.Request, name: str | None) -> AsyncIterator[tuple[Served, Limits]]:
         """The model that a request names, loaded, and what is left of the request's time. Raises ApiError."""
@@ -78,7 +86,7 @@ class Service:
             raise unavailable("The server is shutting down.")
         chosen = self.default() if name is None else self.model(name).name
         limits = [seconds for seconds in (self.limits.queue_seconds, self.limits.total_seconds) if seconds]
-        async with self.roster.lease(chosen, min(limits, default=PATIENCE_SECONDS)) as served:
+        async with self.roster.lease(chosen, min(limits, default=self.patience)) as served:
             yield served, self._left(time.perf_counter() - request[ENTRY].arrived)
 
     def _left(self, taken: float) -> Limits:

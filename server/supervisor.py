@@ -21,7 +21,7 @@ from runtime.devices import DeviceError
 from server import counts, fleet
 from server.catalog import Catalog, Entry
 from server.deployment import Deployment
-from server.fleet import Ask, Command, Counts, Demand, Fleet, Join, Model, ModelState, Outcome, Status
+from server.fleet import Ask, Command, Counts, Demand, Fleet, Join, ModelState, Offer, Outcome, Status
 from server.fronts import Front
 from server.launch import Common, Launch, launches
 from server.placement import DoesNotFitError, Seat, crowded, place
@@ -405,7 +405,7 @@ class Supervisor:
             return "refused"
         return "cold" if wish is None else "waiting"
 
-    def _describe(self, name: str) -> Model:
+    def _describe(self, name: str) -> Offer:
         state, entry, wish = self._state(name), self._plan.catalog.entries.get(name), self._wishes.get(name)
         reason = ""
         if state == "quarantined":
@@ -416,9 +416,9 @@ class Supervisor:
             reason = "it waits for other models to make room"
         context = self._plan.common.of(name).context
         if not isinstance(entry, Entry):
-            return Model(name, state, preloaded=name in self._plan.preload, reason=reason)
+            return Offer(name, state, preloaded=name in self._plan.preload, reason=reason)
         longest = entry.bundle.max_length
-        return Model(name, state, entry.bundle.created, min(context or longest, longest), name in self._plan.preload, reason)
+        return Offer(name, state, entry.bundle.created, min(context or longest, longest), name in self._plan.preload, reason)
 
     def _status(self, id_: int) -> Status:
         everybody = [deployment.occupant for deployment in self._deployments.values()]

@@ -17,7 +17,7 @@ from tests.unit.gpu.conftest import CAPACITY, PROFILES, Export, Load
 from tests.unit.gpu.device import HostDevice
 
 GIB = 1 << 30
-LOGITS = loading.LOGIT_ROWS * tiny.VOCAB * 4
+LOGITS = devices.LOGIT_ROWS * tiny.VOCAB * 4
 HERE = Gpu(
     index=1,
     uuid="GPU-5d2f",

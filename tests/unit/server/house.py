@@ -13,7 +13,11 @@ from runtime.bundle import Bundle
 from runtime.messages import Generate
 from runtime.text import Text
 from server import app
+from server.fleet import Action, Engine, Outcome, Status, WorkerState
+from server.metrics import Metrics
 from server.replicas import Replica
+from server.roster import Roster
+from server.served import Served
 from server.service import Service
 from tests.unit.server.scripted import Attached, ScriptedWorker
 
@@ -26,6 +30,11 @@ class House:
     engine: Attached
     service: Service
     http: aiohttp.ClientSession
+
+    @property
+    def text(self) -> Text:
+        """The model's."""
+        return self.worker.text
 
     async def open(
         self, path: str, body: dict[str, Any], first: str, headers: dict[str, str] | None = None
@@ -50,4 +59,25 @@ async def serving(service: Service) -> AsyncIterator[aiohttp.ClientSession]:
 
 
 def service_for(bundle: Bundle, text: Text, *replicas: Replica) -> Service:
-    return Service(bundle, bundle.variants[0], text, replicas)
+    """An HTTP process's models: one, whose engines the test keeps. In the supervisor's place it asks the replicas."""
+    metrics = Metrics()
+    roster = Roster(metrics, lambda demand: None)
+    roster.adopt("d1", Served(bundle.name, bundle, bundle.variants[0], text, replicas, metrics))
+
+    async def status() -> Status:
+        models = tuple(roster.models)
+        return Status(0, 0.0, models, tuple(map(_engine, replicas)), (), (), metrics.samples())
+
+    async def command(action: Action, model: str) -> Outcome:
+        return Outcome(0, f"{action} {model}")
+
+    return Service(roster, metrics, status, command, patience=1.0)
+
+
+def _engine(replica: Replica) -> Engine:
+    client = replica.client
+    ready = client.ready if client is not None else None
+    state: WorkerState = "ready" if ready is not None else "restarting"
+    slots, context, queue = (ready.slots, ready.context, ready.queue) if ready is not None else (0, 0, 0)
+    beat = client.heartbeat if client is not None else None
+    return Engine("tiny", replica.device, "cpu-int4", state, False, 0, slots, context, queue, beat)

@@ -39,7 +39,6 @@ class Attached:
     """Where the HTTP code finds a worker; a test can take it away."""
 
     client: EngineClient | None
-    restarts: int = 0
     device: str = "cpu"
 
 

@@ -22,6 +22,7 @@ from tests.unit.server.scripted import IDLE, READY
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--socket", required=True)
+    parser.add_argument("--parent", type=int)
     parser.add_argument("--first", choices=["crash", "hopeless"])
     parser.add_argument("--marker", type=Path)
     parser.add_argument("--deaf", action="store_true")

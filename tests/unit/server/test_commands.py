@@ -1,6 +1,8 @@
 """The commands around the server: which bundle is served, what `engines` lists, what `chat` remembers."""
 
+import argparse
 import asyncio
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +12,13 @@ import pytest
 from yarl import URL
 
 import engineshed
-from runtime import bundle as bundles
 from runtime.bundle import MANIFEST, Bundle, BundleError, Perplexity, Verification
 from runtime.messages import Cancel, Generate
+from server import serve
+from server.catalog import Catalog
 from server.chat import ChatError, Conversation
-from server.serve import choose
+from server.process import ServeError
+from server.supervisor import Plan
 from tests.unit.server.house import House
 
 
@@ -28,20 +32,62 @@ def publish(engines: Path, name: str, bundle: Bundle) -> None:
     (folder / MANIFEST).write_bytes(msgspec.json.encode(msgspec.structs.replace(bundle, name=name)))
 
 
-def test_without_a_name_the_first_bundle_is_served_and_with_one_that_one(tmp_path: Path, bundle: Bundle) -> None:
+def planned(*arguments: str) -> Plan:
+    parser = argparse.ArgumentParser()
+    serve.configure(parser)
+    return serve.plan(parser.parse_args(arguments), 8000)
+
+
+def test_without_a_name_the_first_bundle_is_loaded_and_with_some_those(tmp_path: Path, bundle: Bundle) -> None:
     publish(tmp_path, "beta", bundle)
     publish(tmp_path, "alpha", bundle)
-    assert choose(tmp_path, None)[1].name == "alpha"
-    assert choose(tmp_path, "beta") == (tmp_path / "beta", bundles.read(tmp_path / "beta"))
-    assert choose(Path("elsewhere"), str(tmp_path / "beta"))[1].name == "beta"
+    assert planned(f"--engines={tmp_path}").preload == ["alpha"]
+    assert planned(f"--engines={tmp_path}", "--model=beta, alpha").preload == ["beta", "alpha"]
+    elsewhere = planned("--engines=elsewhere", f"--model={tmp_path}/beta")
+    assert elsewhere.preload == ["beta"]
+    assert elsewhere.catalog.find("beta").folder == tmp_path / "beta"
 
 
 def test_a_bundle_that_is_not_there_is_told_with_those_that_are(tmp_path: Path, bundle: Bundle) -> None:
     with pytest.raises(BundleError, match="engineshed export"):
-        choose(tmp_path, None)
+        planned(f"--engines={tmp_path}")
     publish(tmp_path, "alpha", bundle)
     with pytest.raises(BundleError, match=r"'gamma'.*alpha"):
-        choose(tmp_path, "gamma")
+        planned(f"--engines={tmp_path}", "--model=gamma")
+    config = tmp_path / "serve.toml"
+    config.write_text("[models.gamma]\nslots = 1\n")
+    with pytest.raises(ServeError, match=r"'gamma'.*alpha"):
+        planned(f"--engines={tmp_path}", f"--config={config}")
+
+
+def test_bundles_that_come_go_and_are_built_anew_are_noticed(tmp_path: Path, bundle: Bundle) -> None:
+    publish(tmp_path, "alpha", bundle)
+    catalog = Catalog(tmp_path)
+    first = catalog.find("alpha").build
+    assert not catalog.refresh()
+    publish(tmp_path, "beta", bundle)
+    assert catalog.refresh()
+    assert list(catalog.entries) == ["alpha", "beta"]
+    shutil.rmtree(tmp_path / "alpha")
+    publish(tmp_path, "alpha", msgspec.structs.replace(bundle, created=2))
+    assert catalog.refresh()
+    assert catalog.find("alpha").build != first
+    (tmp_path / "beta/cpu-int4/model.onnx").unlink()
+    (tmp_path / "beta" / MANIFEST).touch()
+    assert catalog.refresh()
+    with pytest.raises(BundleError, match="is missing"):
+        catalog.find("beta")
+    shutil.rmtree(tmp_path / "beta")
+    assert catalog.refresh()
+    assert list(catalog.entries) == ["alpha"]
+
+
+@pytest.mark.parametrize("name", ["../alpha", "/etc", "alpha/", ".", "", "alpha\0"])
+def test_a_name_never_becomes_a_path(tmp_path: Path, bundle: Bundle, name: str) -> None:
+    publish(tmp_path / "engines", "beta", bundle)
+    publish(tmp_path, "alpha", bundle)
+    with pytest.raises(BundleError, match="there is no bundle"):
+        Catalog(tmp_path / "engines").find(name)
 
 
 def test_engines_lists_variants_with_what_is_known_of_them(
@@ -81,7 +127,7 @@ def test_the_commands_are_listed_and_an_unknown_one_is_refused(capsys: pytest.Ca
 
 def test_serving_imports_nothing_of_export() -> None:
     script = (
-        "import sys, server.serve, server.listening, server.chat, server.engines, engineshed;"
+        "import sys, server.serve, server.front, server.chat, server.engines, engineshed;"
         "print([name for name in ('torch', 'transformers', 'onnx', 'onnxruntime', 'export') if name in sys.modules])"
     )
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -99,7 +145,7 @@ async def say(talk: Conversation, text: str) -> str:
 
 
 def prompt(house: House, request: Generate) -> str:
-    return house.service.text.stream().push(request.prompt)
+    return house.text.stream().push(request.prompt)
 
 
 async def test_a_conversation_is_remembered_until_it_is_cleared(house: House) -> None:
@@ -171,7 +217,8 @@ async def test_an_answer_that_breaks_is_told_with_its_reason(house: House) -> No
         (["serve", "--slots=0"], "0 is less than 1"),
         (["serve", "--queue=many"], "'many' is no whole number"),
         (["serve", "--device=cpu,gpu"], "'gpu' is no device"),
-        (["serve", "--device=cpu,cuda:1"], "'cpu,cuda:1' mixes CPU and GPU"),
+        (["serve", "--memory=much"], "'much' is no amount of memory"),
+        (["serve", "--watchdog-seconds=0"], "0 is no length of time"),
         (["serve", "--gpu-memory=0"], "0 is not above 0 and at most 1"),
         (["serve", "--gpu-memory=90%"], "'90%' is no number"),
         (["chat", "--url=127.0.0.1:8000"], "'127.0.0.1:8000' is no address"),

@@ -37,7 +37,7 @@ def parse(stream: str) -> list[Any]:
 async def test_a_chat_is_laid_out_by_the_template_and_answered_whole(house: House) -> None:
     asking = asyncio.create_task(whole(house, "/v1/chat/completions", {**CHAT, "model": "tiny", "max_tokens": 9}))
     request = await house.worker.next(Generate)
-    assert house.service.text.stream().push(request.prompt) == "u:hi\na:"
+    assert house.text.stream().push(request.prompt) == "u:hi\na:"
     assert (request.max_tokens, request.stop_ids) == (9, [255])
     await house.worker.say(request, "Hello", cached=3)
     await house.worker.say(request, " you", "stop")
@@ -100,7 +100,7 @@ async def test_an_answer_without_a_token_is_still_a_whole_stream(house: House) -
 async def test_half_a_character_waits_for_its_other_half(house: House) -> None:
     asking = asyncio.create_task(events(house, "/v1/completions", {"prompt": "hi"}))
     request = await house.worker.next(Generate)
-    await house.worker.tokens(request, house.service.text.encode("é"))
+    await house.worker.tokens(request, house.text.encode("é"))
     await house.worker.say(request, "!", "stop")
     *chunks, _ = await asking
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "é!"
@@ -226,7 +226,7 @@ async def test_text_parts_stand_on_lines_of_their_own_and_a_developer_is_the_sys
     body = {"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": parts}]}
     asking = asyncio.create_task(whole(house, "/v1/chat/completions", body))
     request = await house.worker.next(Generate)
-    assert house.service.text.stream().push(request.prompt) == "s:s\nu:a\nb\na:"
+    assert house.text.stream().push(request.prompt) == "s:s\nu:a\nb\na:"
     await house.worker.say(request, "!", "stop")
     await asking
 

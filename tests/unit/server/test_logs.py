@@ -18,6 +18,7 @@ from aiohttp import web
 from runtime import logs
 from runtime.messages import Cancel, Generate
 from server import app, journal
+from server.fleet import Offer
 from server.generation import PromptDetails, Usage
 from server.journal import ENTRY
 from tests.unit.server.house import House
@@ -206,13 +207,13 @@ async def test_an_expectation_that_nobody_meets_is_refused_with_an_id(house: Hou
 async def test_lines_of_requests_at_once_on_many_connections_keep_their_own_ids(
     house: House, written: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = house.service.check_model
+    find = house.service.model
 
-    def telling(name: str | None) -> None:
+    def telling(name: str) -> Offer:
         logging.getLogger("x").info("asked for %s", name)
-        check(name)
+        return find(name)
 
-    monkeypatch.setattr(house.service, "check_model", telling)
+    monkeypatch.setattr(house.service, "model", telling)
 
     async def ask(number: int) -> None:
         await house.http.post(
@@ -232,7 +233,7 @@ async def test_a_fault_of_the_server_is_logged_with_the_requests_id_and_one_line
     def broken(text: str, **_: object) -> list[int]:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(house.service.text, "encode", broken)
+    monkeypatch.setattr(house.text, "encode", broken)
     async with house.http.post("/v1/completions", json={"prompt": "hi"}) as response:
         id_ = response.headers["X-Request-Id"]
     (error,) = (line for line in written.lines if line["level"] == "error")

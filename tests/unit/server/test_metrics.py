@@ -13,8 +13,9 @@ async def numbers(house: House) -> dict[str, float]:
     async with house.http.get("/metrics") as response:
         assert response.status == 200
         families = text_string_to_metric_families(await response.text())
+    where = {("model", "tiny"), ("device", "cpu")}
     return {
-        " ".join([sample.name, *(f"{name}={value}" for name, value in sorted(sample.labels.items()))]): sample.value
+        " ".join([sample.name, *(f"{name}={value}" for name, value in sorted(sample.labels.items() - where))]): sample.value
         for family in families
         for sample in family.samples
     }
@@ -59,14 +60,21 @@ async def test_refusals_are_counted_by_status_and_unknown_paths_under_one_name(h
 
 
 async def test_without_an_engine_the_numbers_say_so(house: House) -> None:
-    house.engine.client, house.engine.restarts = None, 3
+    house.engine.client = None
     told = await numbers(house)
     assert (told["engineshed_ready"], told["engineshed_requests_running"]) == (0, 0)
-    assert told["engineshed_worker_restarts_total"] == 3
 
 
 async def test_models_are_listed_and_described(house: House) -> None:
-    expected = {"id": "tiny", "created": 1_700_000_000, "max_model_len": 64, "object": "model", "owned_by": "engineshed"}
+    expected = {
+        "id": "tiny",
+        "created": 1_700_000_000,
+        "max_model_len": 64,
+        "state": "ready",
+        "reason": None,
+        "object": "model",
+        "owned_by": "engineshed",
+    }
     async with house.http.get("/v1/models") as response:
         assert await response.json() == {"object": "list", "data": [expected]}
     async with house.http.get("/v1/models/tiny") as response:

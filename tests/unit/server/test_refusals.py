@@ -171,9 +171,10 @@ async def test_a_full_queue_is_429_with_the_time_to_retry(house: House) -> None:
 
 async def test_without_an_engine_requests_and_readiness_are_503(house: House) -> None:
     house.engine.client = None
-    for path, method in [(CHAT, "POST"), ("/readyz", "GET")]:
+    house.service.patience = 0.1
+    for path, method, code in [(CHAT, "POST", "model_not_ready"), ("/readyz", "GET", "engine_unavailable")]:
         status, error, headers = await refused(house, path, {"messages": [TURN]}, method)
-        assert (status, error["type"], error["code"]) == (503, "server_error", "engine_unavailable")
+        assert (status, error["type"], error["code"]) == (503, "server_error", code)
         assert "Retry-After" in headers
     async with house.http.get("/healthz") as response:
         assert response.status == 200
@@ -197,7 +198,7 @@ async def test_a_fault_of_the_server_itself_is_500_and_tells_nothing(house: Hous
     def broken(text: str) -> list[int]:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(house.service.text, "encode", broken)
+    monkeypatch.setattr(house.text, "encode", broken)
     status, error, _ = await refused(house, COMPLETIONS, {"prompt": "hi"})
     assert (status, error["code"]) == (500, "internal_error")
     assert "secret" not in error["message"]

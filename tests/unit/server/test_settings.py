@@ -34,18 +34,38 @@ def test_the_documented_file_says_what_holds_without_it() -> None:
 
 def test_every_key_of_the_documented_file_is_taken_also_those_that_are_commented_out(tmp_path: Path) -> None:
     keys = {option.removeprefix("--").replace("-", "_") for option in _options()} - {"help", "config"}
-    named = {line.lstrip("# ").partition(" =")[0] for line in EXAMPLE.read_text().splitlines() if " = " in line}
+    lines = [line.removeprefix("# ") for line in EXAMPLE.read_text().splitlines() if " = " in line or "[models." in line]
+    table = next(number for number, line in enumerate(lines) if line.startswith("[models."))
+    named = {line.partition(" =")[0] for line in lines[:table]}
     assert named - keys == set()
+    assert keys - named == {"draft_variant"}, "every option is in the file"
     whole = tmp_path / "all.toml"
-    lines = (line.removeprefix("# ") for line in EXAMPLE.read_text().splitlines() if " = " in line)
     whole.write_text("\n".join(lines))
-    assert parsed(f"--config={whole}").build_on_load is True
+    told = parsed(f"--config={whole}")
+    assert told.build_on_load is True
+    (model,) = told.models.values()
+    assert (model.replicas, model.slots, model.pinned) == (1, 16, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[models.a]\nslotz = 3", "unknown field `slotz` - at `$[...]`"),
+        ("[models.a]\nslots = 0", "`$[...].slots`"),
+        ("models = 3", "models: Expected `object`"),
+    ],
+)
+def test_a_models_table_is_checked_key_by_key(
+    config: Path, capsys: pytest.CaptureFixture[str], text: str, sentence: str
+) -> None:
+    config.write_text(text)
+    assert sentence in refused(capsys, f"--config={config}")
 
 
 def _options() -> list[str]:
     parser = argparse.ArgumentParser()
     serve.configure(parser)
-    return [option for option in parser.format_help().replace(",", " ").split() if option.startswith("--")]
+    return [option for option in parser.format_help().replace(",", " ").replace(")", " ").split() if option.startswith("--")]
 
 
 def test_kinds_of_values(config: Path) -> None:
