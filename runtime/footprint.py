@@ -12,7 +12,7 @@ from runtime.bundle import Variant
 PROCESS = 208 << 20
 """Bytes of a worker without its weights and slots: the interpreter, NumPy, ONNX Runtime, and what loading leaves behind."""
 CHUNK = 128
-"""Prompt tokens of a step on the CPU, at most."""
+"""Prompt tokens of a step on the CPU: more gain nothing there, and between two steps the loop takes what has arrived."""
 GROUP = 8
 """Query heads for each of the keys' and values' heads, at most; manifests do not tell how many there are."""
 LOGITS = 8

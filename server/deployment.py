@@ -69,12 +69,17 @@ class Deployment:
     @property
     def given_up(self) -> bool:
         """None of its workers will take requests again."""
-        return all(worker.state == "given up" for worker in self.workers)
+        return len(self.reasons) == len(self.workers)
 
     @property
     def draining(self) -> bool:
         """It takes no new requests."""
         return self.draining_since is not None
+
+    @property
+    def ending(self) -> bool:
+        """Its processes have been told to end."""
+        return self._ending is not None
 
     @property
     def ended(self) -> bool:

@@ -20,7 +20,7 @@ from server import app, cors, open_files
 from server.access import Access
 from server.control import Control
 from server.doors import Doors, Settings
-from server.fleet import Counts
+from server.fleet import Counts, Status
 from server.fronts import HOPELESS
 from server.keys import Keys
 from server.listen import ListenError
@@ -76,7 +76,12 @@ async def _serve(settings: Settings, access: Access, tls: ssl.SSLContext | None)
     metrics = Metrics()
     roster = Roster(metrics, lambda demand: control.send(demand), waiting=settings.waiting)
     control = Control(settings.supervisor, roster.apply)
-    service = Service(roster, metrics, control.status, control.command, settings.limits)
+
+    async def status() -> Status:
+        control.send(Counts(metrics.samples()))  # What this process has counted is to be among it to the last.
+        return await control.status()
+
+    service = Service(roster, metrics, status, control.command, settings.limits)
     runner = app.runner(app.build(service, access))
     await runner.setup()
     calm_collector()

@@ -65,6 +65,8 @@ class _Wish:
 
     since: float
     reload: bool = False
+    commanded: bool = False
+    """A command waits for what becomes of it, and takes it back."""
     refused: str = ""
     """Why it cannot be had."""
 
@@ -213,7 +215,7 @@ class Supervisor:
             if deployment.ended:
                 del self._deployments[deployment.id]
                 log.info("unloaded %s", deployment.name)
-            elif deployment.draining and self._drained(deployment, now):
+            elif deployment.draining and not deployment.ending and self._drained(deployment, now):
                 deployment.end()
             elif deployment.given_up and not deployment.draining:
                 reason = "; ".join(deployment.reasons)
@@ -256,7 +258,7 @@ class Supervisor:
             self._load(name, wish)
         for name, wish in list(self._wishes.items()):
             granted = not wish.reload and self._is_serving(name)
-            if granted or (wish.refused and not self._waited_for(name)):
+            if granted or (wish.refused and not wish.commanded and not self._waited_for(name)):
                 del self._wishes[name]
 
     def _load(self, name: str, wish: _Wish) -> None:
@@ -324,13 +326,13 @@ class Supervisor:
         deployment = Deployment(entry, chosen, self._plan.silence, self._poke)
         self._deployments[deployment.id] = deployment
 
-    def _wish(self, name: str, *, reload: bool = False) -> _Wish:
+    def _wish(self, name: str, *, commanded: bool = False, reload: bool = False) -> None:
         wish = self._wishes.get(name)
         if wish is None:
-            wish = self._wishes[name] = _Wish(time.monotonic(), reload)
+            wish = self._wishes[name] = _Wish(time.monotonic())
+            self._poke()
         wish.reload = wish.reload or reload
-        self._poke()
-        return wish
+        wish.commanded = wish.commanded or commanded
 
     def _waited_for(self, name: str) -> bool:
         demands = [joined.demand for joined in self._joined.values() if joined.demand is not None]
@@ -486,7 +488,7 @@ class Supervisor:
         """Wait until the model takes requests; one that was quarantined gets another chance."""
         if not self._is_serving(name):
             self._faults.pop(name, None)
-            self._wish(name)
+            self._wish(name, commanded=True)
         await self._until_ready(name)
 
     async def _obey_unload(self, name: str) -> None:
@@ -504,7 +506,7 @@ class Supervisor:
         self._plan.catalog.refresh()
         before = [deployment for deployment in self._serving() if deployment.name == name]
         self._faults.pop(name, None)
-        self._wish(name, reload=bool(before))
+        self._wish(name, commanded=True, reload=bool(before))
         await self._until_ready(name, before)
         await self._until(lambda: all(deployment.ended for deployment in before))
 
