@@ -1,4 +1,4 @@
-"""The command: `engineshed export | serve | chat | bench | engines | devices`.
+"""The command: `engineshed export | serve | chat | top | bench | engines | keys | devices`.
 
 Each subcommand lives in its own house and is imported when it is chosen, so that serving never waits for torch.
 """
@@ -35,11 +35,12 @@ class Command:
 
 COMMANDS = {
     "export": Command("export.cli", "compile a Hugging Face model into an engine bundle", extra="export"),
-    "serve": Command("server.serve", "serve a bundle over HTTP"),
+    "serve": Command("server.serve", "serve bundles over HTTP"),
     "chat": Command("server.chat", "chat with a running server in the terminal"),
     "bench": Command("bench.cli", "measure an engine's or a server's latency and throughput"),
     "engines": Command("server.engines", "list the bundles that have been built"),
     "keys": Command("server.keys_cli", "make, list and remove the server's API keys"),
+    "top": Command("server.top", "show what a running server does, live"),
     "devices": Command("server.devices", "show the CPU, the GPUs, and what can run on them"),
 }
 

@@ -47,6 +47,8 @@ class Worker:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._heartbeat_due = 0.0
+        self._proven = False
+        """Whether a heartbeat has told that a request was answered: a worker that did so and dies is started anew, always."""
 
     def run(self, parent: int | None = None) -> None:
         """Serve until the pipe `parent` is closed by the process at its other end (never, where None)."""
@@ -62,7 +64,7 @@ class Worker:
                 self._publish(self._loop.step())
             else:
                 self._loop.slots.check()
-            if time.monotonic() >= self._heartbeat_due:
+            if time.monotonic() >= self._heartbeat_due or self._proven != bool(self._loop.counters.finished):
                 self._beat()
 
     def _receive(self) -> None:
@@ -113,6 +115,7 @@ class Worker:
 
     def _beat(self) -> None:
         self._heartbeat_due = time.monotonic() + messages.HEARTBEAT_SECONDS
+        self._proven = bool(self._loop.counters.finished)
         beat = Heartbeat(
             running=self._loop.running,
             waiting=self._loop.waiting,

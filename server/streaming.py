@@ -89,7 +89,6 @@ async def _write(request: web.Request, response: web.StreamResponse, data: bytes
 async def _fail(request: web.Request, response: web.StreamResponse, form: Form, error: ApiError) -> None:
     request[STATUS] = error.status
     words = form.error(error)
-    response.force_close()
     try:
         if words is not None:
             await _write(request, response, words)

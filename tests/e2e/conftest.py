@@ -34,14 +34,22 @@ class Server:
         except (urllib.error.URLError, ConnectionError):
             return 0, ""
 
-    def metric(self, name: str) -> float:
-        """A sample of /metrics by its name."""
-        return next(float(line.split()[1]) for line in self.get("/metrics")[1].splitlines() if line.split()[0] == name)
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that have these labels."""
+        wanted = {f'{label}="{value}"' for label, value in labels.items()}
+        lines = [line for line in self.get("/metrics")[1].splitlines() if line.partition("{")[0].partition(" ")[0] == name]
+        return sum(float(line.split()[-1]) for line in lines if all(each in line for each in wanted))
 
-    def wait(self, name: str, value: float, seconds: float = 10) -> None:
+    def engines(self) -> list[int]:
+        """The engines' processes."""
+        pid = self.process.pid
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [child for child in children if b"runtime.worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+    def wait(self, name: str, value: float, seconds: float = 10, **labels: str) -> None:
         """Return once the metric has the value."""
         deadline = time.monotonic() + seconds
-        while (now := self.metric(name)) != value:
+        while (now := self.metric(name, **labels)) != value:
             assert time.monotonic() < deadline, f"{name} is {now}, not {value}, after {seconds} s"
             time.sleep(0.05)
 

@@ -9,35 +9,29 @@ from typing import Any
 
 import aiohttp
 
-from tests.e2e.conftest import Server, serving
+from tests.e2e.conftest import serving
 
 BODY = {"prompt": "Once upon a time", "max_tokens": 400, "seed": 1, "ignore_eos": True}
 HEADERS = {"Accept": "application/x-ndjson"}
 
 
-def engine_processes(server: Server) -> list[int]:
-    """The workers, in the order in which they were started."""
-    pid = server.process.pid
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def test_two_workers_share_the_requests_and_the_death_of_one_leaves_the_other() -> None:
     with serving("--device=cpu,cpu", "--slots=1", "--context=512") as server:
         for device in ("cpu#1", "cpu#2"):
-            server.wait(f'engineshed_ready{{device="{device}"}}', 1, 60)
+            server.wait("engineshed_ready", 1, 60, device=device)
 
         async def endings() -> list[dict[str, Any]]:
             async with aiohttp.ClientSession(server.url, headers=HEADERS) as http:
                 both = await asyncio.gather(*(http.post("/v1/generate", json=BODY) for _ in range(2)))
-                os.kill(engine_processes(server)[0], signal.SIGKILL)  # Both have their first token, each in an only slot.
+                os.kill(server.engines()[0], signal.SIGKILL)  # Both have their first token, each in an only slot.
                 return [json.loads((await response.text()).splitlines()[-1]) for response in both]
 
         broken, whole = sorted(asyncio.run(endings()), key=lambda last: "usage" in last)
         assert broken["error"]["code"] == "engine_unavailable"
         assert whole["usage"]["completion_tokens"] == BODY["max_tokens"]
         assert server.get("/readyz")[0] == 200
-        server.wait('engineshed_ready{device="cpu#1"}', 1, 60)
-        assert server.metric('engineshed_worker_restarts_total{device="cpu#1"}') == 1
-        assert server.metric('engineshed_worker_restarts_total{device="cpu#2"}') == 0
-        replaced = engine_processes(server)
+        server.wait("engineshed_ready", 1, 60, device="cpu#1")
+        assert server.metric("engineshed_worker_restarts_total", device="cpu#1") == 1
+        assert server.metric("engineshed_worker_restarts_total", device="cpu#2") == 0
+        replaced = server.engines()
     assert not any(Path(f"/proc/{pid}").exists() for pid in replaced)

@@ -23,6 +23,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from export.recipe import Build
+from server import keys
 from server.generate import NDJSON
 from server.openapi import SSE, document
 from tests import tiny
@@ -42,18 +43,26 @@ CHECKS = [
 """All that the document promises; not that everything of the right form is taken, as a prompt may not fit the context."""
 
 
+KEY: dict[str, str] = {}
+"""An admin's, so that requests come as far as they can."""
+
+
 @pytest.fixture(scope="module")
 def tiny_server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
     engines = tmp_path_factory.mktemp("schema") / "engines"
     bundle = tiny.exporting(engines, verify=False).run(tiny.recipe(tiny_model, Build("cpu", "fp32")))
-    with serving(f"--model={bundle}", "--context=64", "--log-level=warning") as running:
+    entry, key = keys.new("schema", admin=True)
+    path = engines.parent / "keys.toml"
+    keys.update(path, lambda others: [*others, entry])
+    KEY["Authorization"] = f"Bearer {key}"
+    with serving(f"--model={bundle}", "--context=64", "--log-level=warning", f"--keys={path}") as running:
         yield running
 
 
 @SCHEMA.parametrize()
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_every_answer_is_as_announced(case: schemathesis.Case[Any], tiny_server: Server) -> None:
-    response = case.call(base_url=tiny_server.url, timeout=20)
+    response = case.call(base_url=tiny_server.url, timeout=20, headers=KEY)
     case.validate_response(response, checks=CHECKS)
     media = response.headers.get("content-type", [""])[0].partition(";")[0]
     if response.status_code == 200 and media in (SSE, NDJSON):

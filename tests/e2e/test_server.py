@@ -283,22 +283,16 @@ def test_a_full_queue_refuses_and_a_stopping_server_lets_an_answer_finish() -> N
         assert small.process.wait(15) == 0
 
 
-def engine_process(server: Server) -> int:
-    pid = server.process.pid
-    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(child)
-
-
 def test_an_engine_process_that_is_killed_is_replaced() -> None:
     with serving("--slots=1", "--context=512") as small:
-        os.kill(engine_process(small), signal.SIGKILL)
+        os.kill(small.engines()[0], signal.SIGKILL)
         deadline = time.monotonic() + 5
         while small.get("/readyz")[0] != 503:
             assert time.monotonic() < deadline
         small.wait_ready()
         assert small.metric("engineshed_worker_restarts_total") == 1
         assert post(small, "/v1/completions", {"prompt": "The sky is", "max_tokens": 2})[0] == 200
-        replacement = engine_process(small)
+        (replacement,) = small.engines()
     assert not Path(f"/proc/{replacement}").exists()
 
 

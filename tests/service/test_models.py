@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -186,7 +187,7 @@ async def test_a_model_that_crashes_three_times_in_a_row_is_quarantined_until_so
     async with serve(engines, "--model=alpha,beta") as running:
         killed: list[int] = []
         for _ in range(3):
-            await running.until(lambda: _other_pid(running, "beta@", killed))
+            await running.until(partial(_other_pid, running, "beta@", killed))
             killed += await running.pids("beta@")
             os.kill(killed[-1], signal.SIGKILL)
         await running.until(lambda: _in_state(running, "beta", "quarantined"))
