@@ -18,14 +18,15 @@ PEERS := bench/.peers
 PEER_TARGETS := $(PEERS)/genai/.installed $(PEERS)/openvino/.installed $(PEERS)/transformers/.installed \
 	$(PEERS)/llama/.installed $(PEERS)/llama-server/llama-server
 
-.PHONY: help serve export test check unit e2e sweep bench bench-peers bench-served microbench test-gpu bench-gpu clean
+.PHONY: help serve export test check unit e2e soak sweep bench bench-peers bench-served microbench test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
 	@echo "make serve   [HOST=127.0.0.1] [PORT=8000]   set up, export the default model if need be, serve it"
 	@echo "make export  [MODEL=hub-id|folder|file.gguf] [RECIPE=engines/x.toml] [TARGET=cpu] [PRECISION='int4 fp32']"
 	@echo "make test    set up, lint, types, and every test on the real model"
-	@echo "make check   lint and types          make unit   the quick tests          make e2e   the real model and server"
+	@echo "make check   lint and types          make unit   with tiny models         make e2e   the real model and server"
+	@echo "make soak    an hour of requests, hang-ups, errors and deaths over the default model: memory stays flat, nothing hangs"
 	@echo "make bench   latency and throughput of the default model's engines, beside the peers that are installed"
 	@echo "make bench-served  the server over HTTP, beside llama.cpp's"
 	@echo "make microbench    what Python does around a step"
@@ -56,7 +57,11 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 unit: $(INSTALLED)
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit tests/service
+
+soak: $(INSTALLED)
+	@$(BIN)/engineshed export --if-missing --precision int4 fp32
+	SOAK=1 $(BIN)/pytest tests/service/test_soak.py --timeout 7200 --durations=0
 
 e2e: $(INSTALLED)
 	$(BIN)/engineshed export --if-missing --recipe tests/data/e2e.toml

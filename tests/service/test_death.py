@@ -2,9 +2,7 @@
 
 import asyncio
 import os
-import random
 import signal
-from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -92,55 +90,3 @@ async def test_answers_that_do_not_finish_in_time_hold_up_no_stop(engines: Path)
         async with running.stream("alpha", PROMPT, 240):
             os.kill(pid, signal.SIGSTOP)
             assert await running.stop() == 0
-
-
-async def test_streams_requests_deaths_and_hang_ups_leave_everything_as_it_was(engines: Path) -> None:
-    """64 streams at once of random prompts, a third of them cut off, and an engine killed every second."""
-    chance = random.Random(3)
-    prompts = [[chance.randrange(3, 512) for _ in range(chance.randint(1, 60))] for _ in range(64)]
-    async with serve(engines, "--model=alpha", "--device=cpu,cpu", "--queue=200", "--http-processes=2", seconds=90) as running:
-        alone = [(await running.answer("alpha", prompt, 150))[1] for prompt in prompts]
-        outcomes: Counter[str] = Counter()
-        stop = asyncio.get_running_loop().time() + 12
-
-        async def client(number: int) -> None:
-            own = random.Random(number)
-            while asyncio.get_running_loop().time() < stop:
-                outcomes[await _one(running, prompts[number], alone[number], own)] += 1
-
-        async def killer() -> None:
-            while asyncio.get_running_loop().time() < stop:
-                await asyncio.sleep(1.5)
-                pids = await running.pids("alpha@")
-                if pids:
-                    os.kill(chance.choice(pids), signal.SIGKILL)
-
-        await asyncio.gather(killer(), *(client(number) for number in range(64)))
-        assert outcomes["whole"] > 64, outcomes
-        assert outcomes["cut off"] > 16, outcomes
-        assert set(outcomes) <= {"whole", "cut off", "broken", "refused"}, outcomes
-        await running.until(lambda: _both_ready(running))
-        await running.settled()
-        assert await running.metric("engineshed_worker_restarts_total") >= 3
-        names = [process["name"] for process in (await running.status())["processes"]]
-        assert sorted(names) == ["alpha@cpu#1", "alpha@cpu#2", "http-0", "http-1", "supervisor"]
-        assert [(await running.answer("alpha", prompt, 150))[1] for prompt in prompts[:8]] == alone[:8]
-
-
-async def _one(running: Running, prompt: list[int], alone: str, own: random.Random) -> str:
-    """One stream: how it ended. What came of it must be how the answer begins, and all of it if it ended as it should."""
-    body = {"model": "alpha", "prompt": prompt, "max_tokens": 150, "temperature": 0, "ignore_eos": True, "stream": True}
-    async with running.http.post("/v1/completions", json=body) as response:
-        if response.status != 200:
-            assert response.status in (429, 503), await response.text()
-            return "refused"
-        if own.random() < 1 / 3:
-            await response.content.readline()
-            return "cut off"
-        text, whole = events(await response.text())
-        assert text == alone if whole else alone.startswith(text)
-        return "whole" if whole else "broken"
-
-
-async def _both_ready(running: Running) -> bool:
-    return [engine["state"] for engine in (await running.status())["engines"]] == ["ready", "ready"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import resource
 import stat
 from collections.abc import AsyncIterator
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from server import open_files
-from tests.service.conftest import Running, events, serve
+from tests.service.conftest import ROOT, Running, events, serve
 
 PROMPT = [5, 6, 7, 8, 9]
 IDLE, STREAMS = 1000, 200
@@ -123,6 +124,16 @@ async def test_the_metrics_name_model_and_device_and_tell_what_was_done(engines:
         assert await running.metric("engineshed_engine_finished_total", **where) == 3
         for process in ("supervisor", "http-0", "alpha@cpu"):
             assert await running.metric("engineshed_process_resident_bytes", process=process) > 10 << 20
+
+
+async def test_the_dashboard_asks_for_nothing_that_is_not_told(engines: Path) -> None:
+    asked = set(re.findall(r"engineshed_\w+", (ROOT / "docs/grafana.json").read_text()))
+    async with serve(engines, "--model=alpha") as running:
+        await running.answer("alpha", PROMPT)
+        async with running.http.get("/metrics") as response:
+            told = set(re.findall(r"^engineshed_\w+", await response.text(), re.MULTILINE))
+    assert len(asked) > 20
+    assert asked - told == set()
 
 
 async def test_a_request_names_itself_in_every_answer(engines: Path) -> None:

@@ -1,34 +1,114 @@
-"""Thousands of requests that stop, break off and are wrong, after which every process is as large as it was.
+"""Load for a while, with everything that goes wrong on the way; afterwards all is as it was.
 
-`make soak` does the same for longer, with the default model.
+With the variable SOAK the same for longer, over the default model: `make soak`.
 """
 
 import asyncio
 import os
 import random
+import signal
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from tests.service.conftest import Running, serve
+import pytest
 
-REQUESTS = int(os.environ.get("SOAK_REQUESTS", "5000"))
+from tests.service.conftest import ROOT, Running, events, serve
+
 FLAT = 0.02
 """By how much a process may be larger in the last quarter than in the second."""
-WRONG = [("prompt", []), ("max_tokens", 0), ("model", "nobody"), ("prompt", [10**6]), ("top_p", 7)]
 NOISE = 1 << 20
 """Bytes below which a difference is an allocator's own business."""
+WRONG = [("prompt", []), ("max_tokens", 0), ("model", "nobody"), ("prompt", [10**6]), ("top_p", 7)]
 
 
-async def test_memory_stays_flat_over_thousands_of_requests(engines: Path) -> None:
-    async with serve(engines, "--model=alpha", "--log-level=info", seconds=60 + REQUESTS / 20) as running:
+@dataclass(frozen=True)
+class Load:
+    """What is soaked, and for how long."""
+
+    engines: Path
+    model: str
+    vocab: int
+    requests: int
+    seconds: float
+    between_deaths: float
+    """Seconds."""
+
+
+@pytest.fixture
+def load(engines: Path, tmp_path: Path) -> Load:
+    if not os.environ.get("SOAK"):
+        return Load(engines, "alpha", 512, requests=5000, seconds=12, between_deaths=1.5)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/engines").symlink_to(ROOT / "engines")
+    return Load(tmp_path / "real/engines", "smollm2-135m-instruct", 49152, requests=20_000, seconds=1800, between_deaths=8)
+
+
+async def test_streams_requests_deaths_and_hang_ups_leave_everything_as_it_was(load: Load) -> None:
+    """64 streams at once of random prompts, a third of them cut off, and an engine killed every second or so."""
+    chance = random.Random(3)
+    prompts = [[chance.randrange(3, load.vocab) for _ in range(chance.randint(1, 60))] for _ in range(64)]
+    options = [f"--model={load.model}", "--variant=cpu-fp32", "--device=cpu,cpu", "--queue=200", "--http-processes=2"]
+    async with serve(load.engines, *options, seconds=300 + 2 * load.seconds) as running:
+        alone = [(await running.answer(load.model, prompt, 150))[1] for prompt in prompts]
+        outcomes: Counter[str] = Counter()
+        stop = asyncio.get_running_loop().time() + load.seconds
+
+        async def client(number: int) -> None:
+            own = random.Random(number)
+            while asyncio.get_running_loop().time() < stop:
+                outcomes[await _one(running, load.model, prompts[number], alone[number], own)] += 1
+
+        async def killer() -> None:
+            while asyncio.get_running_loop().time() < stop:
+                await asyncio.sleep(load.between_deaths)
+                pids = await running.pids(f"{load.model}@")
+                if pids:
+                    os.kill(chance.choice(pids), signal.SIGKILL)
+
+        await asyncio.gather(killer(), *(client(number) for number in range(64)))
+        assert outcomes["whole"] > 64, outcomes
+        assert outcomes["cut off"] > 16, outcomes
+        assert set(outcomes) <= {"whole", "cut off", "broken", "refused"}, outcomes
+        await running.until(lambda: _both_ready(running))
+        await running.settled()
+        assert await running.metric("engineshed_worker_restarts_total") >= 3
+        names = [process["name"] for process in (await running.status())["processes"]]
+        assert sorted(names) == sorted([f"{load.model}@cpu#1", f"{load.model}@cpu#2", "http-0", "http-1", "supervisor"])
+        assert [(await running.answer(load.model, prompt, 150))[1] for prompt in prompts[:8]] == alone[:8]
+
+
+async def _one(running: Running, model: str, prompt: list[int], alone: str, own: random.Random) -> str:
+    """One stream: how it ended. What came of it must be how the answer begins, and all of it if it ended as it should."""
+    body = {"model": model, "prompt": prompt, "max_tokens": 150, "temperature": 0, "ignore_eos": True, "stream": True}
+    async with running.http.post("/v1/completions", json=body) as response:
+        if response.status != 200:
+            assert response.status in (429, 503), await response.text()
+            return "refused"
+        if own.random() < 1 / 3:
+            await response.content.readline()
+            return "cut off"
+        text, whole = events(await response.text())
+        assert text == alone if whole else alone.startswith(text)
+        return "whole" if whole else "broken"
+
+
+async def _both_ready(running: Running) -> bool:
+    return [engine["state"] for engine in (await running.status())["engines"]] == ["ready", "ready"]
+
+
+async def test_memory_stays_flat_over_thousands_of_requests(load: Load) -> None:
+    options = [f"--model={load.model}", "--variant=cpu-fp32"]
+    async with serve(load.engines, *options, seconds=60 + load.requests / 4) as running:
         chance = random.Random(7)
         sizes: list[dict[str, int]] = []
-        left = iter(range(REQUESTS))
+        left = iter(range(load.requests))
 
         async def client() -> None:
             for number in left:
-                await _request(running, chance)
-                if number % (REQUESTS // 100) == 0:
+                await _request(running, load, chance)
+                if number % (load.requests // 100) == 0:
                     sizes.append({each["name"]: each["rss"] for each in (await running.status())["processes"]})
 
         await asyncio.gather(*(client() for _ in range(16)))
@@ -40,10 +120,10 @@ async def test_memory_stays_flat_over_thousands_of_requests(engines: Path) -> No
             assert last - second < max(FLAT * second, NOISE), f"{name} grew from {second / 2**20:.1f} to {last / 2**20:.1f} MiB"
 
 
-async def _request(running: Running, chance: random.Random) -> None:
+async def _request(running: Running, load: Load, chance: random.Random) -> None:
     """One request of any kind: whole, streamed, cut off, stopped by a string, or wrong."""
-    prompt = [chance.randrange(3, 512) for _ in range(chance.randint(1, 40))]
-    body = {"model": "alpha", "prompt": prompt, "max_tokens": chance.randint(1, 24), "seed": chance.randrange(100)}
+    prompt = [chance.randrange(3, load.vocab) for _ in range(chance.randint(1, 40))]
+    body = {"model": load.model, "prompt": prompt, "max_tokens": chance.randint(1, 24), "seed": chance.randrange(100)}
     match chance.randrange(6):
         case 0:
             body["stop"] = ["e", " the"]
