@@ -3,11 +3,12 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 
+from runtime import tally
 from runtime.draft import Drafter
 from runtime.engine import Batch, DeviceLost, Draw, Engine
 from runtime.messages import PRIORITIES, Finish, Generate, Refused, Row
@@ -53,6 +54,31 @@ class Counters:
     """That requests waited for a slot, whether they got one or not; without those that still wait."""
     timeouts: int = 0
     """Requests that ran out of time."""
+    finished: int = 0
+    """Requests that ended with finish "stop" or "length"."""
+    queue_counts: list[int] = field(default_factory=lambda: tally.empty(tally.QUEUE_SECONDS))
+    """Of the requests whose waiting `queue_seconds` sums up."""
+    step_counts: list[int] = field(default_factory=lambda: tally.empty(tally.STEP_SECONDS))
+    """Of the steps."""
+    batch_counts: list[int] = field(default_factory=lambda: tally.empty(tally.BATCH_ROWS))
+    """Of the decode steps."""
+
+    def waited(self, seconds: float) -> None:
+        """A request waits no longer."""
+        self.queue_seconds += seconds
+        tally.observe(self.queue_counts, tally.QUEUE_SECONDS, seconds)
+
+    def stepped(self, seconds: float) -> None:
+        """The engine has done a step."""
+        self.steps += 1
+        self.step_seconds += seconds
+        tally.observe(self.step_counts, tally.STEP_SECONDS, seconds)
+
+    def decoded(self, rows: int) -> None:
+        """A step has given each of `rows` rows its next token."""
+        self.decode_steps += 1
+        self.rows += rows
+        tally.observe(self.batch_counts, tally.BATCH_ROWS, rows)
 
 
 @dataclass(frozen=True)
@@ -218,7 +244,7 @@ class Loop:
     def _start(self, sequence: Sequence) -> None:
         self.slots.start(sequence)
         sequence.started = self._clock()
-        self.counters.queue_seconds += sequence.started - sequence.arrived
+        self.counters.waited(sequence.started - sequence.arrived)
         self.counters.cached_tokens += sequence.cached
 
     def _prefill_chunk(self, sequence: Sequence, size: int) -> list[News]:
@@ -265,8 +291,7 @@ class Loop:
         if isinstance(outcome, list):
             return outcome
         self._pace.decoded(time.perf_counter() - start)
-        self.counters.decode_steps += 1
-        self.counters.rows += len(sequences)
+        self.counters.decoded(len(sequences))
         for sequence in sequences:  # before the first of them ends and others take its slot
             sequence.computed = sequence.length
         return [self._take(sequence, [token], [logprob]) for sequence, token, logprob in zip(sequences, *outcome, strict=True)]
@@ -370,8 +395,7 @@ class Loop:
             log.exception("the engine failed on a step of %d rows", len(sequences))
             self.slots.forget()
             return [self._end(sequence, "error", f"the engine failed: {error}") for sequence in sequences]
-        self.counters.steps += 1
-        self.counters.step_seconds += time.perf_counter() - start
+        self.counters.stepped(time.perf_counter() - start)
         return tokens.tolist(), logprobs.tolist()
 
     def _take(self, sequence: Sequence, tokens: list[int], logprobs: list[float]) -> News:
@@ -395,13 +419,14 @@ class Loop:
         logprobs: list[float] | None = None,
     ) -> News:
         sequence.finish = finish
+        self.counters.finished += finish in ("stop", "length")
         cached = sequence.cached if len(sequence.tokens) <= 1 else 0  # told once, in the first row
         del self._by_key[sequence.key]
         self._waiting.end(sequence)
         if sequence.started is not None:
             self.slots.release(sequence)
         else:
-            self.counters.queue_seconds += self._clock() - sequence.arrived
+            self.counters.waited(self._clock() - sequence.arrived)
         return News(sequence.owner, Row(sequence.request.id, tokens or [], logprobs or [], finish, cached, message))
 
 

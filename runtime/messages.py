@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 2
+PROTOCOL = 3
 HEARTBEAT_SECONDS = 1.0
 """A worker sends a `Heartbeat` to each attached front end at least this often, also while it is idle."""
 
@@ -154,6 +154,15 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """Time that requests waited for a slot since the start, whether they got one or not; without those that still wait."""
     timeouts: int = 0
     """Requests that ran out of time since the start."""
+    finished: int = 0
+    """Requests that ended with finish "stop" or "length" since the start."""
+    queue_counts: list[int] = []
+    """Requests by the time that they waited for a slot: how many for each of `tally.QUEUE_SECONDS`, and for more; `[]` for
+    none. `queue_seconds` is the sum of these times."""
+    step_counts: list[int] = []
+    """Steps by the time that each took, as `tally.STEP_SECONDS`; `step_seconds` is the sum."""
+    batch_counts: list[int] = []
+    """Decode steps by their rows, as `tally.BATCH_ROWS`; `rows` is the sum."""
 
 
 Reply = Ready | Refused | Progress | Heartbeat
