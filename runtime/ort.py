@@ -15,14 +15,13 @@ import psutil
 from runtime import bundle
 from runtime.bundle import Bundle, Variant
 from runtime.engine import Batch, Draw, EngineError, Float32, Int64
+from runtime.footprint import CHUNK
 
 _MANY_COST = {"fp32": 0.0, "int8": 0.2, "int4": 0.2}
 _ROW_COST = {"fp32": 0.06, "int8": 0.13, "int4": 0.13}
 _BYTE_COST = {"fp32": 1.0, "int8": 1.3, "int4": 2.0}
 """By precision, as measured on x86-64 with AVX-512: a step in float32 takes the time of reading the weights, in which more
 rows are nearly free; quantized products are bound by arithmetic already at one row, and read other weights for several."""
-CHUNK = 128
-"""Prompt tokens of a step: a larger one gains nothing on a CPU, and between two steps the loop takes what has arrived."""
 _KV_TYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16}
 
 
