@@ -1,51 +1,94 @@
-"""What an engine on the CPU takes of the machine's memory at its fullest, from the manifest alone.
+"""What an engine on a CPU needs in memory once every slot is full, told from its manifest alone, and without ONNX Runtime.
 
-Measured on x86-64 with ONNX Runtime 1.31, slots full, as the peak of the resident memory less the slots and the weights' files
-(the default model): int4 171 to 200 MiB, float32 175 to 197 MiB, for 1 to 8 slots of 64 to 2,048 tokens. Each file of weights
-is resident once: mapped, or read and packed.
+The constants bound the peak (VmHWM) of real workers whose slots were filled to their end, with ONNX Runtime 1.32 on two threads
+of an x86-64. The bound was, as a multiple of the peak (39 measurements, int4 and fp32):
+
+* SmolLM2-135M, from 1 slot of 512 tokens to 200 of 128, and 1 of 8192: 1.02 to 1.17;
+* Llamas of 245 million random weights, 4 or 2 KV heads of 16, 1 slot of 4096 tokens and 32 of 256: 1.07 to 1.20;
+* one of 11 million, as many KV heads as heads: 1.09 to 1.38, the most with one slot;
+* a Bloom of 50 million, with explicit attention: 1.05 to 1.26;
+* two layers 64 wide, where the process is nearly all of it, 1 slot and 64: 1.16 to 1.28.
+
+Five more workers of the first four kinds, measured after the constants were set: 1.06 to 1.18.
 """
 
 from dataclasses import dataclass
 
 from runtime.bundle import Variant
 
-PROCESS = 208 << 20
-"""Bytes of a worker without its weights and slots: the interpreter, NumPy, ONNX Runtime, and what loading leaves behind."""
+MIB = 2**20
 CHUNK = 128
-"""Prompt tokens of a step on the CPU: more gain nothing there, and between two steps the loop takes what has arrived."""
-GROUP = 8
-"""Query heads for each of the keys' and values' heads, at most; manifests do not tell how many there are."""
-LOGITS = 8
-"""Arrays of a step that are as large as its logits, at most: sorting and summing the vocabulary for a draw takes several."""
+"""Prompt tokens of a step: a larger one gains nothing on a CPU, and between two steps the loop takes what has arrived."""
+_PROCESS = 80 * MIB
+"""Python, ONNX Runtime and what they load: 73 MiB with two layers of 64 wide and one slot of 256 tokens."""
+_PACKED = 1.1
+"""Of the weights' size: they stand in memory once, but the peak while they are loaded was up to 120 MiB above what was left
+then, about as much as those models' largest table has in float32."""
+_FLOOR = 8 * MIB
+_ACTIVATIONS = 110 * MIB
+"""What a chunk computes on its way, the arena around it, and pages of the weights' file beside what was packed from them."""
+_ACTIVATIONS_SHARE = 1 / 3
+"""Of the weights' size that these are where the weights are small."""
+_GROUP = 8
+"""Query heads of a KV head, at most, in nearly all models; the manifest does not tell. Where attention is explicit, there are
+mostly as many KV heads as query heads; Bloom then took five times its scores."""
+_GUESSED_ROWS = 16
+"""Logit rows of a step that verifies guesses, about."""
+_SAMPLER = 24
+"""Bytes for each logit: probabilities, their logarithms and their sums. From 14 (200 rows) to 23 (96) were measured."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of memory, by what they are for."""
+    """Bytes of memory, by what they are for; `total` bounds the process's resident set."""
 
-    weights: int
-    kv: int
-    workspace: int
     slots: int
     context: int
+    """Tokens of a slot."""
+    per_token: int
+    """Bytes of a token's keys and values."""
+    process: int
+    weights: int
+    workspace: int
+    """Of a step."""
+
+    @property
+    def kv(self) -> int:
+        """Bytes of the slots when all are full."""
+        return self.slots * self.context * self.per_token
 
     @property
     def total(self) -> int:
-        """All together."""
-        return self.weights + self.kv + self.workspace
+        """Bytes altogether."""
+        return self.process + self.weights + self.kv + self.workspace
 
     def arithmetic(self) -> str:
-        """How the total comes about, for a person."""
+        """How the total comes about, as a part of a sentence."""
         return (
-            f"{self.weights >> 20:,} MiB of weights, {self.slots} slots of {self.context:,} tokens: {self.kv >> 20:,} MiB, "
-            f"{self.workspace >> 20:,} MiB for the process and a step"
+            f"weights {_mib(self.weights)} + {self.slots} slots x {self.context} tokens x {self.per_token} bytes = "
+            f"{_mib(self.kv)} of KV + {_mib(self.process + self.workspace)} for the process and a step's workspace"
         )
 
 
-def footprint(variant: Variant, slots: int, context: int, vocab_size: int) -> Footprint:
-    """The most that a worker's resident memory comes to with `slots` full slots of `context` tokens."""
-    heads = GROUP * max((layer.kv_heads for layer in variant.layers), default=0)
-    scores = heads * CHUNK * context * 4
-    logits = LOGITS * slots * vocab_size * 4
-    weights = sum(file.size for file in variant.files)
-    return Footprint(weights, variant.kv_bytes_per_token * slots * context, PROCESS + scores + logits, slots, context)
+def footprint(variant: Variant, vocab_size: int, *, slots: int, context: int) -> Footprint:
+    """Of a worker that runs `variant`, for the cpu, with `slots` slots of `context` tokens and without a draft engine.
+
+    With a draft engine, its own `weights`, `kv` and `workspace` come on top. `vocab_size` is the bundle's.
+    """
+    heads = _GROUP * max((layer.kv_heads for layer in variant.layers), default=0)
+    # Of one layer, [heads, CHUNK, context] float32 for a prompt and [slots, heads, context] for a decode step.
+    scores = heads * max(CHUNK, slots) * context * 4
+    logits = max(slots, _GUESSED_ROWS) * vocab_size * _SAMPLER
+    activations = _FLOOR + min(_ACTIVATIONS, int(variant.size * _ACTIVATIONS_SHARE))
+    return Footprint(
+        slots=slots,
+        context=context,
+        per_token=variant.kv_bytes_per_token,
+        process=_PROCESS,
+        weights=int(variant.size * _PACKED),
+        workspace=activations + scores + logits,
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{-(-size // MIB)} MiB"

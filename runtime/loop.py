@@ -4,11 +4,11 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
+from runtime import tally
 from runtime.draft import Drafter
 from runtime.engine import Batch, DeviceLost, Draw, Engine
 from runtime.messages import PRIORITIES, Finish, Generate, Refused, Row
@@ -18,7 +18,6 @@ from runtime.sampling import draw
 from runtime.sequence import Sequence
 from runtime.slots import Slots
 from runtime.speculation import Lookup, Plan, worthwhile
-from runtime.tally import BATCH_ROWS, QUEUE_SECONDS, STEP_SECONDS, empty, observe
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -56,11 +55,30 @@ class Counters:
     timeouts: int = 0
     """Requests that ran out of time."""
     finished: int = 0
-    """Requests that ended with "stop" or "length"."""
-    queue_counts: list[int] = field(default_factory=partial(empty, QUEUE_SECONDS))
-    step_counts: list[int] = field(default_factory=partial(empty, STEP_SECONDS))
-    batch_counts: list[int] = field(default_factory=partial(empty, BATCH_ROWS))
-    """See `runtime.messages.Heartbeat`."""
+    """Requests that ended with finish "stop" or "length"."""
+    queue_counts: list[int] = field(default_factory=lambda: tally.empty(tally.QUEUE_SECONDS))
+    """Of the requests whose waiting `queue_seconds` sums up."""
+    step_counts: list[int] = field(default_factory=lambda: tally.empty(tally.STEP_SECONDS))
+    """Of the steps."""
+    batch_counts: list[int] = field(default_factory=lambda: tally.empty(tally.BATCH_ROWS))
+    """Of the decode steps."""
+
+    def waited(self, seconds: float) -> None:
+        """A request waits no longer."""
+        self.queue_seconds += seconds
+        tally.observe(self.queue_counts, tally.QUEUE_SECONDS, seconds)
+
+    def stepped(self, seconds: float) -> None:
+        """The engine has done a step."""
+        self.steps += 1
+        self.step_seconds += seconds
+        tally.observe(self.step_counts, tally.STEP_SECONDS, seconds)
+
+    def decoded(self, rows: int) -> None:
+        """A step has given each of `rows` rows its next token."""
+        self.decode_steps += 1
+        self.rows += rows
+        tally.observe(self.batch_counts, tally.BATCH_ROWS, rows)
 
 
 @dataclass(frozen=True)
@@ -226,7 +244,7 @@ class Loop:
     def _start(self, sequence: Sequence) -> None:
         self.slots.start(sequence)
         sequence.started = self._clock()
-        self._waited(sequence.started - sequence.arrived)
+        self.counters.waited(sequence.started - sequence.arrived)
         self.counters.cached_tokens += sequence.cached
 
     def _prefill_chunk(self, sequence: Sequence, size: int) -> list[News]:
@@ -273,9 +291,7 @@ class Loop:
         if isinstance(outcome, list):
             return outcome
         self._pace.decoded(time.perf_counter() - start)
-        self.counters.decode_steps += 1
-        self.counters.rows += len(sequences)
-        observe(self.counters.batch_counts, BATCH_ROWS, len(sequences))
+        self.counters.decoded(len(sequences))
         for sequence in sequences:  # before the first of them ends and others take its slot
             sequence.computed = sequence.length
         return [self._take(sequence, [token], [logprob]) for sequence, token, logprob in zip(sequences, *outcome, strict=True)]
@@ -379,10 +395,7 @@ class Loop:
             log.exception("the engine failed on a step of %d rows", len(sequences))
             self.slots.forget()
             return [self._end(sequence, "error", f"the engine failed: {error}") for sequence in sequences]
-        seconds = time.perf_counter() - start
-        self.counters.steps += 1
-        self.counters.step_seconds += seconds
-        observe(self.counters.step_counts, STEP_SECONDS, seconds)
+        self.counters.stepped(time.perf_counter() - start)
         return tokens.tolist(), logprobs.tolist()
 
     def _take(self, sequence: Sequence, tokens: list[int], logprobs: list[float]) -> News:
@@ -396,10 +409,6 @@ class Loop:
         sequence.note(tokens)
         cached = sequence.cached if first else 0
         return News(sequence.owner, Row(sequence.request.id, tokens, logprobs, cached=cached))
-
-    def _waited(self, seconds: float) -> None:
-        self.counters.queue_seconds += seconds
-        observe(self.counters.queue_counts, QUEUE_SECONDS, seconds)
 
     def _end(
         self,
@@ -417,7 +426,7 @@ class Loop:
         if sequence.started is not None:
             self.slots.release(sequence)
         else:
-            self._waited(self._clock() - sequence.arrived)
+            self.counters.waited(self._clock() - sequence.arrived)
         return News(sequence.owner, Row(sequence.request.id, tokens or [], logprobs or [], finish, cached, message))
 
 

@@ -155,13 +155,14 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     timeouts: int = 0
     """Requests that ran out of time since the start."""
     finished: int = 0
-    """Requests that ended with "stop" or "length" since the start."""
+    """Requests that ended with finish "stop" or "length" since the start."""
     queue_counts: list[int] = []
-    """How long requests waited for a slot, counted by `tally.QUEUE_SECONDS`."""
+    """Requests by the time that they waited for a slot: how many for each of `tally.QUEUE_SECONDS`, and for more; `[]` for
+    none. `queue_seconds` is the sum of these times."""
     step_counts: list[int] = []
-    """How long steps took, by `tally.STEP_SECONDS`."""
+    """Steps by the time that each took, as `tally.STEP_SECONDS`; `step_seconds` is the sum."""
     batch_counts: list[int] = []
-    """The rows of decode steps, by `tally.BATCH_ROWS`."""
+    """Decode steps by their rows, as `tally.BATCH_ROWS`; `rows` is the sum."""
 
 
 Reply = Ready | Refused | Progress | Heartbeat

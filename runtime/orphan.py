@@ -1,4 +1,4 @@
-"""No process outlives the one that started it, whatever it is doing."""
+"""No process outlives its parent, whatever it is doing and however the parent ended."""
 
 import ctypes
 import os
@@ -6,16 +6,19 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
-"""From linux/prctl.h."""
+"""From <linux/prctl.h>."""
 
 
 def die_with(parent: int) -> None:
-    """Have Linux kill this process when the process `parent`, which started it, ends; at once, if it has ended already.
+    """Have the kernel kill this process as soon as its parent, process `parent`, has ended; only on Linux.
 
-    The end of a pipe tells a process the same, but only once it looks: one that hangs in a step never does.
+    What the kernel takes for the parent is the thread that started this process: one that ends takes this process with it.
+    Where the parent has ended already, this process is killed at once.
     """
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "the kernel does not watch this process's parent")
+    if os.getppid() != parent:  # it ended before the kernel was asked
         os.kill(os.getpid(), signal.SIGKILL)

@@ -27,8 +27,8 @@ BAD_BUNDLE = 2
 """Exit status when the engine cannot be loaded at all; starting again would not help."""
 LOST_DEVICE = 3
 """Exit status when the device fails while the engine runs."""
-OOM_SCORE = 500
-"""Of the 1,000 that a process can get; its memory's share of the machine's is added."""
+_OOM_SCORE = 500
+"""Added to the kernel's thousandths when memory is out and it looks for whom to kill: an engine, which the server replaces."""
 _OUTBOX = 10_000
 """Messages that may wait for a front end; one that is further behind is taken for gone."""
 
@@ -151,6 +151,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--draft", type=Path, help="folder of a smaller model's bundle with the same tokenizer, to guess with")
     parser.add_argument("--draft-variant", help="variant of it (default: the best for the device)")
     parser.add_argument("--threads", type=int, default=0, help="threads of an engine on the CPU (default: all cores)")
+    parser.add_argument("--build", help="hash of the manifest that the bundle must have (default: any)")
+    parser.add_argument("--cores", type=_cores, help="cores to run on, and no others, as 0,1 (default: all that it is given)")
     parser.add_argument(
         "--gpu-memory", type=float, default=GPU_MEMORY, help=f"share of a GPU's memory to take at most (default {GPU_MEMORY})"
     )
@@ -164,33 +166,33 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=default_cache(), help="folder for what is built on load (default %(default)s)"
     )
-    parser.add_argument("--cores", type=_cores, help="numbers of the cores to run on, as 0,1 (default: all)")
-    parser.add_argument("--build", help="hash of the manifest that the bundle must have (default: any)")
-    parser.add_argument("--parent", type=int, help="process that this one must not outlive")
     parser.add_argument("--socket", required=True, help="ZeroMQ address to bind, as ipc:///run/engine.sock")
+    parser.add_argument("--parent", type=int, help="process that started this one, at whose death it is killed (only on Linux)")
     parser.add_argument("--log-format", default="text", choices=logs.FORMATS)
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser.parse_args()
 
 
 def _cores(text: str) -> set[int]:
-    """The cores of a list with commas, all of which this process may use."""
-    try:
-        cores = {int(number) for number in text.split(",")}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of cores; write for instance 0,1") from None
-    missing = cores - set(devices.core_numbers())
-    if missing:
-        raise argparse.ArgumentTypeError(f"there is no core {min(missing)}, only {', '.join(map(str, devices.core_numbers()))}")
-    return cores
+    """The value of `--cores`; raises ValueError."""
+    return {int(core) for core in text.split(",")}
 
 
-def _settle(cores: set[int] | None) -> None:
-    """Keep to `cores`, and be what the kernel ends first where memory runs out: an engine is replaced, the server is not."""
-    if cores is not None:
-        os.sched_setaffinity(0, cores)
-    with suppress(OSError):  # there is no /proc
-        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
+def _pin(cores: set[int]) -> None:
+    """Keep this process and every thread that it will start on `cores`. Raises DeviceError where it may not use one."""
+    allowed = os.sched_getaffinity(0)
+    if not cores <= allowed:  # of which the kernel would say nothing as long as there is another one
+        raise DeviceError(
+            f"core {min(cores - allowed)} of --cores is none that this process may use; "
+            f"take some of {','.join(map(str, sorted(allowed)))}"
+        )
+    os.sched_setaffinity(0, cores)
+
+
+def _yield_memory() -> None:
+    """Have the kernel kill this process before the server where memory is out; where that is not allowed, it chooses itself."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
 
 
 def _draft(arguments: argparse.Namespace, manifest: Bundle, place: Placement) -> tuple[Bundle, Variant] | None:
@@ -235,10 +237,12 @@ def main() -> int:
     arguments = _arguments()
     if arguments.parent is not None:
         orphan.die_with(arguments.parent)
-    _settle(arguments.cores)
+    _yield_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     logs.setup(arguments.log_level, arguments.log_format)
     try:
+        if arguments.cores is not None:
+            _pin(arguments.cores)
         manifest, variant, engine, drafter = _load(arguments)
     except (BundleError, DeviceError, EngineError) as error:
         print(f"engineshed: {error}", file=sys.stderr)

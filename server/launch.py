@@ -129,8 +129,8 @@ def _launch(entry: Entry, options: ModelOptions, common: Common, seat: Seat, cat
 def _need(entry: Entry, variant: Variant, slots: int | None, context: int, seat: Seat) -> tuple[int, str]:
     """Bytes that an engine takes at its fullest, and how they come about."""
     if variant.target == "cpu":
-        print_ = footprint(variant, slots or CPU_SLOTS, context, entry.bundle.vocab_size)
-        return print_.total, print_.arithmetic()
+        full = footprint(variant, entry.bundle.vocab_size, slots=slots or CPU_SLOTS, context=context)
+        return full.total, full.arithmetic()
     if slots is None:
         return seat.budget, "all that it may take, in as many slots as fit"
     weights = sum(file.size for file in entry.bundle.served(variant)) + LOGIT_ROWS * entry.bundle.vocab_size * 4

@@ -22,7 +22,7 @@ PROMPT = [5, 6, 7, 8, 9]
 def need(engines: Path) -> int:
     """Bytes that one of the models is reckoned to take."""
     manifest = bundles.read(engines / "alpha")
-    return footprint(manifest.variants[0], 4, 256, manifest.vocab_size).total
+    return footprint(manifest.variants[0], manifest.vocab_size, slots=4, context=256).total
 
 
 def lru_misses(order: list[str], room: int) -> int:
@@ -101,7 +101,7 @@ async def test_a_model_that_cannot_fit_is_refused_with_the_arithmetic(engines: P
     async with serve(engines, f"--config={config}", f"--memory={budget}") as running:
         status, error = await running.answer("gamma", PROMPT)
         assert (status, error["code"]) == (503, "model_refused")
-        assert "100000 slots of 256 tokens" in error["message"]
+        assert "100000 slots x 256 tokens" in error["message"]
         assert f"cpu may take {budget >> 20:,} MiB" in error["message"]
         status, outcome = await running.act("gamma", "load")
         assert status == 409
@@ -117,10 +117,10 @@ async def test_a_model_that_cannot_fit_is_refused_with_the_arithmetic(engines: P
 
 
 def test_a_server_whose_only_model_does_not_fit_ends_with_the_arithmetic(published: Path) -> None:
-    command = [sys.executable, "engineshed.py", "serve", f"--engines={published}", "--port=0", "--memory=100MiB", *SMALL]
+    command = [sys.executable, "engineshed.py", "serve", f"--engines={published}", "--port=0", "--memory=50MiB", *SMALL]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
-    assert "cpu may take 100 MiB" in ended.stderr
+    assert "cpu may take 50 MiB" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

@@ -432,6 +432,32 @@ def test_the_mean_batch_can_be_told_from_the_counters(loop: Loop) -> None:
     assert loop.counters.steps == 2 + loop.counters.decode_steps
 
 
+def test_waiting_steps_and_batches_are_counted_by_their_size(engine: OrtEngine) -> None:
+    clock = Clock()
+    loop = full(engine, clock)
+    loop.submit(FRONT, Generate("waits", prompt(3), max_tokens=2))
+    loop.submit(FRONT, Generate("gives up", prompt(3), max_tokens=2, queue_seconds=0.7))
+    clock.now += 0.8
+    loop.step()
+    clock.now += 100
+    drain(loop)
+    counters = loop.counters
+    assert counters.queue_counts == [SLOTS, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1]  # at once, 0.8 s, 100.8 s
+    assert sum(counters.step_counts) == counters.steps
+    assert sum(counters.batch_counts) == counters.decode_steps
+    assert counters.batch_counts[2] > 0
+    assert sum(counters.batch_counts[3:]) == 0
+
+
+def test_only_requests_that_came_to_their_end_count_as_finished(loop: Loop) -> None:
+    run(loop, Generate("a", prompt(3), max_tokens=5), Generate("b", prompt(4), max_tokens=1))
+    loop.submit(FRONT, Generate("c", prompt(3), max_tokens=5))
+    loop.cancel(FRONT, "c")
+    first = tokens(run(loop, Generate("d", prompt(5), max_tokens=1))["d"])
+    assert run(loop, Generate("e", prompt(5), max_tokens=9, stop_ids=first))["e"][-1].finish == "stop"
+    assert loop.counters.finished == 4
+
+
 def test_the_same_id_twice_is_refused(loop: Loop) -> None:
     loop.submit(FRONT, Generate("a", prompt(3), max_tokens=2))
     again = loop.submit(FRONT, Generate("a", prompt(3), max_tokens=2))

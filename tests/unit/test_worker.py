@@ -1,5 +1,6 @@
 """The worker process as a front end meets it: a socket, messages, life and death."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -10,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 import zmq
 
 from runtime import bundle, messages
 from runtime.messages import Attach, Cancel, Generate, Heartbeat, Progress, Ready, Refused, Reply, Row
+from tests.unit.test_orphan import gone
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,7 +87,8 @@ def test_a_request_runs_and_the_heartbeat_counts_it(tiny_bundle: Path, address: 
         assert rows[-1].finish == "length"
         front.beat()
         beat = front.beat()
-        assert (beat.running, beat.waiting, beat.prompt_tokens, beat.generated_tokens) == (0, 0, 3, 4)
+        assert (beat.running, beat.waiting, beat.prompt_tokens, beat.generated_tokens, beat.finished) == (0, 0, 3, 4, 1)
+        assert (sum(beat.queue_counts), sum(beat.step_counts), sum(beat.batch_counts)) == (1, beat.steps, beat.decode_steps)
 
 
 def test_guesses_are_counted_and_can_be_turned_off(tiny_bundle: Path, address: str) -> None:
@@ -208,6 +212,49 @@ def test_the_worker_ends_with_its_parent_also_in_the_middle_of_work(tiny_bundle:
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(10) == 0
+
+
+def test_a_worker_that_hangs_does_not_outlive_a_parent_that_is_killed(tiny_bundle: Path, address: str) -> None:
+    """Stopped, it hears nothing: neither the end of its stdin nor a signal that it could handle."""
+    command = [sys.executable, "-m", "runtime.worker", f"--bundle={tiny_bundle}", f"--socket={address}", "--threads=1"]
+    spawn = f"import os, subprocess; subprocess.Popen([*{command}, f'--parent={{os.getpid()}}'], stdin=subprocess.PIPE).wait()"
+    with subprocess.Popen([sys.executable, "-c", spawn], cwd=ROOT) as parent:
+        try:
+            worker = psutil.Process(Front(address).wait_ready().pid)
+            worker.suspend()
+        finally:
+            parent.kill()
+        assert gone(worker, seconds=1)
+
+
+def test_a_worker_stays_on_its_cores(tiny_bundle: Path, address: str) -> None:
+    core = max(os.sched_getaffinity(0))
+    with worker(tiny_bundle, address, f"--cores={core}", "--threads=0") as process:
+        front = Front(address)
+        front.wait_ready()
+        front.send(Generate("a", [5], max_tokens=2))
+        assert front.rows("a")[-1].finish == "length"
+        assert psutil.Process(process.pid).cpu_affinity() == [core]
+
+
+@pytest.mark.parametrize(("cores", "complaint"), [("0,4095", b"core 4095 of --cores is none"), ("all", b"invalid")])
+def test_cores_that_there_are_not_end_the_worker_with_a_sentence(
+    tmp_path: Path, address: str, cores: str, complaint: bytes
+) -> None:
+    with worker(tmp_path, address, f"--cores={cores}") as process:
+        _, message = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert complaint in message
+    assert b"Traceback" not in message
+
+
+def test_out_of_memory_the_kernel_takes_a_worker_before_the_server(tiny_bundle: Path, address: str) -> None:
+    def score(pid: int | str) -> int:
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+    with worker(tiny_bundle, address) as process:
+        Front(address).wait_ready()
+        assert score(process.pid) > score("self")
 
 
 def test_ctrl_c_in_the_terminal_is_the_parents_affair(tiny_bundle: Path, address: str) -> None:
