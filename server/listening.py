@@ -14,7 +14,7 @@ from yarl import URL
 
 from runtime.bundle import Bundle, Variant
 from runtime.text import Text
-from server import app, cors
+from server import app, cors, files
 from server.access import Access
 from server.doors import Doors, Limits
 from server.keys import Keys
@@ -58,6 +58,7 @@ def run(
         tls = ssl_context(doors.certificate, doors.certificate_key)
     workers = [Worker(process.command, device=device, first=process) for device, process in processes.items()]
     text = Text.load(folder, bundle)
+    files.allow_most()
     service = Service(bundle, variant, text, workers, limits.queue_seconds, limits.total_seconds)
     uvloop.run(_serve(doors, tls, access, service, workers, stops))
 
