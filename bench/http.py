@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import cProfile
 import multiprocessing
-import resource
 import signal
 import sys
 import time
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import msgspec
 import psutil
@@ -32,8 +31,10 @@ from runtime import bundle
 from runtime.bundle import Bundle, BundleError, Variant
 from runtime.messages import Ready
 from runtime.text import Text
-from server import app
+from server import app, files
+from server import status as describe
 from server.engine_client import EngineClient
+from server.fleet import Action, Outcome, Status
 from server.front import calm_collector
 from server.metrics import Metrics
 from server.process import EngineProcess
@@ -46,6 +47,9 @@ WORDS = " time year people way day man thing woman life child world school state
 
 WARM_SECONDS = 1.0
 """How long the streams run before they are measured."""
+
+START_SECONDS = 60.0
+"""How long the HTTP process may take until it listens."""
 
 
 class BenchError(Exception):
@@ -157,15 +161,14 @@ def _measure(args: argparse.Namespace) -> Result:
     manifest = bundle.read(folder)
     tokens = int(args.rate / args.streams * (args.seconds + 60))  # no answer ends while it is measured
     needed = args.streams + args.idle + 100
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = files.allow_most()
     if needed > most:
         raise BenchError(f"{needed} open files are needed and {most} allowed; raise the limit with: ulimit -Hn {needed}")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     worker = [sys.executable, "-m", "bench.replay", f"--model={manifest.name}", f"--vocab={manifest.vocab_size}"]
     worker += ["--tokens", *map(str, Text.load(folder, manifest).encode(WORDS, special=False))]
     worker += [f"--slots={args.streams}", f"--context={tokens + 1000}"]
     worker += [f"--row-tokens={args.row_tokens}", f"--steps={args.rate / args.streams / args.row_tokens}"]
-    with EngineProcess(worker) as engine, _front(folder, engine.address, args.profile) as (port, process):
+    with EngineProcess(worker) as engine, front(manifest, folder, engine.address, args.profile) as (port, process):
         body = {**_BODIES[args.route][1], "max_tokens": tokens, "stream": True, "model": manifest.name}
         load = _Load(port, process, _BODIES[args.route][0], msgspec.json.encode(body), args)
         return uvloop.run(load.run())
@@ -226,14 +229,19 @@ class _Load:
 
 
 @contextlib.contextmanager
-def _front(folder: Path, address: str, profile: Path | None) -> Iterator[tuple[int, psutil.Process]]:
-    """The HTTP process over the worker at `address`, from its readiness to its end; gives its port."""
+def front(manifest: Bundle, folder: Path, address: str, profile: Path | None = None) -> Iterator[tuple[int, psutil.Process]]:
+    """The HTTP process over the worker at `address`, from its readiness to its end; gives its port.
+
+    It serves the bundle in `folder`, of which the tokenizer suffices; with `profile`, it leaves cProfile's figures there.
+    """
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=_serve, args=(theirs, folder, address, profile))
+    process = spawn.Process(target=_serve, args=(theirs, manifest, folder, address, profile))
     process.start()
     theirs.close()
     try:
+        if not ours.poll(START_SECONDS):
+            raise BenchError(f"the HTTP process does not listen after {START_SECONDS:.0f} s; does its worker run?")
         yield ours.recv(), psutil.Process(process.pid)
     except EOFError:
         raise BenchError("the HTTP process ended before it listened; it has said why above") from None
@@ -242,9 +250,9 @@ def _front(folder: Path, address: str, profile: Path | None) -> Iterator[tuple[i
         process.join()
 
 
-def _serve(listening: Connection, folder: Path, address: str, profile: Path | None) -> None:
+def _serve(listening: Connection, manifest: Bundle, folder: Path, address: str, profile: Path | None) -> None:
     """The HTTP process: serve until SIGTERM."""
-    manifest = bundle.read(folder)
+    files.allow_most()
     text = Text.load(folder, manifest)
     profiler = cProfile.Profile(time.process_time)  # the cores are shared
     if profile is not None:
@@ -256,15 +264,12 @@ def _serve(listening: Connection, folder: Path, address: str, profile: Path | No
 
 
 async def _listen(listening: Connection, manifest: Bundle, variant: Variant, text: Text, address: str) -> None:
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     client = EngineClient(address)
     ready: Ready = await client.attach()
     assert ready.model == manifest.name
-    metrics = Metrics()
-    roster = Roster(metrics, lambda demand: None)
-    roster.adopt("replay", Served(manifest.name, manifest, variant, text, [Direct(client)], metrics))
-    runner = app.runner(app.build(Service(roster, metrics, _alone, _alone)))
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    runner = app.runner(app.build(_service(manifest, variant, text, client)))
     await runner.setup()
     calm_collector()
     await web.TCPSite(runner, "127.0.0.1", 0, backlog=2048).start()
@@ -274,9 +279,20 @@ async def _listen(listening: Connection, manifest: Bundle, variant: Variant, tex
     await runner.cleanup()
 
 
-async def _alone(*_: object) -> NoReturn:
-    """In the place of a supervisor, which the bench does without."""
-    raise TimeoutError
+def _service(manifest: Bundle, variant: Variant, text: Text, client: EngineClient) -> Service:
+    """What an HTTP process serves, without a supervisor: the one model, whose worker the bench keeps."""
+    metrics = Metrics()
+    roster = Roster(metrics, lambda demand: None)
+    roster.adopt("replay", Served(manifest.name, manifest, variant, text, [Direct(client)], metrics))
+
+    async def told() -> Status:
+        engine = describe.engine(manifest.name, "replay", variant.name, client, state="ready")
+        return Status(0, 0.0, tuple(roster.models), (engine,), (), (), metrics.samples())
+
+    async def command(action: Action, model: str) -> Outcome:
+        return Outcome(0, f"the bench keeps its one worker; it does not {action} {model}")
+
+    return Service(roster, metrics, told, command)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ from runtime.messages import Attach, Cancel, Generate, Heartbeat, Progress, Read
 PENDING_TOKENS = 1024
 """Tokens that may wait for a client that reads too slowly; then its request is cancelled."""
 
+AT_ONCE = 16
+"""Messages that are taken before the answers' readers run. An engine that is quicker than this process, if only while it
+catches up, would otherwise keep them from running until each is too far behind; more at once would save no time."""
+
 
 class EngineUnavailableError(Exception):
     """There is no engine to ask, or the one that was asked is gone."""
@@ -118,6 +122,7 @@ class EngineClient:
         self._socket.connect(address)
         self._descriptor: int = self._socket.getsockopt(zmq.FD)
         self._loop.add_reader(self._descriptor, self.receive)
+        self._receiving_soon = False
         self._answers: dict[str, Answer] = {}
         self._ids = (f"{os.getpid()}-{count}" for count in itertools.count())
         self._attached: asyncio.Future[Ready] = self._loop.create_future()
@@ -161,14 +166,17 @@ class EngineClient:
                 self._send(Cancel(id_))
 
     def receive(self) -> None:
-        """Take every message that has arrived."""
-        while not self._socket.closed:
+        """Take the messages that have arrived, and come back for what is left once the answers' readers have run."""
+        for _ in range(AT_ONCE):
+            if self._socket.closed:
+                return
             try:
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
             self.heard = self._loop.time()
             self._dispatch(messages.decode_reply(frame))
+        self._receive_soon()
 
     def close(self, error: Exception) -> None:
         """End every request with `error` and let the connection go."""
@@ -184,7 +192,16 @@ class EngineClient:
         self._socket.send(messages.encode(message), zmq.NOBLOCK)
         # The descriptor only signals a change, and sending may have taken note of a message that arrived meanwhile.
         if self._socket.poll(0):
-            self._loop.call_soon(self.receive)
+            self._receive_soon()
+
+    def _receive_soon(self) -> None:
+        if not self._receiving_soon:  # Two in one turn would take twice what a turn may.
+            self._receiving_soon = True
+            self._loop.call_soon(self._receive_now)
+
+    def _receive_now(self) -> None:
+        self._receiving_soon = False
+        self.receive()
 
     def _dispatch(self, reply: messages.Reply) -> None:
         match reply:

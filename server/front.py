@@ -16,7 +16,7 @@ import uvloop
 from aiohttp import web
 
 from runtime import logs, orphan
-from server import app, cors, open_files
+from server import app, cors, files
 from server.access import Access
 from server.control import Control
 from server.doors import Doors, Settings
@@ -42,7 +42,7 @@ def main() -> int:
     orphan.die_with(settings.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's, which then says what it means.
     logs.setup(settings.log_level, cast(logs.Format, settings.log_format))
-    open_files.raise_limit()
+    files.allow_most()
     try:
         access, tls = _access(settings.doors), _tls(settings.doors)
         uvloop.run(_serve(settings, access, tls))

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from typing import Protocol
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from server.errors import ApiError
 from server.generation import Generation, Piece
@@ -56,48 +56,69 @@ async def send(request: web.Request, generation: Generation, form: Form) -> web.
         headers={"Content-Type": form.content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     )
     await response.prepare(request)
+    line = _Line(request, response)
     try:
-        await _write(request, response, form.begin() + (form.piece(first) if first else b""))
+        await line.write(form.begin() + (form.piece(first) if first else b""))
         async for piece in generation:
-            await _write(request, response, form.piece(piece))
-        await _write(request, response, form.end(generation))
+            data = form.piece(piece)
+            if not line.offer(data):
+                await line.write(data)
+        await line.write(form.end(generation))
     except TimeoutError:
         log.info("dropped a client that took nothing for %.0f s", SEND_SECONDS)
         request[STATUS] = CLIENT_GONE
-        _abort(request)
+        line.abort()
     except ConnectionError:
         request[STATUS] = CLIENT_GONE
     except ApiError as error:
-        await _fail(request, response, form, error)
+        await _fail(request, line, form, error)
     except Exception:
         log.exception("a stream broke")
-        await _fail(request, response, form, ApiError(500, "The server failed on this request.", code="internal_error"))
+        await _fail(request, line, form, ApiError(500, "The server failed on this request.", code="internal_error"))
     return response
 
 
-async def _write(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
-    if not data:
-        return
-    transport = request.transport
-    if transport is not None and transport.get_write_buffer_size() + len(data) < _NEVER_WAITS:
-        await response.write(data)  # A timer for every token would cost more than sending it.
-        return
-    async with asyncio.timeout(SEND_SECONDS):
-        await response.write(data)
+class _Line:
+    """The way to one client, once the response's head is on it."""
+
+    def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
+        self._transport = request.transport
+        self._response = response
+        self._chunked = hdrs.TRANSFER_ENCODING in response.headers
+
+    def offer(self, data: bytes) -> bool:
+        """Send `data` and give True, unless that may have to wait for the client or cannot be done.
+
+        This is what `StreamResponse.write` would do, less the five calls on the way: with most tokens there is nothing to wait
+        for, and a timer or even a coroutine for each would cost as much as making the event.
+        """
+        if not data:
+            return True
+        transport = self._transport
+        if transport is None or transport.is_closing() or transport.get_write_buffer_size() + len(data) >= _NEVER_WAITS:
+            return False
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        return True
+
+    async def write(self, data: bytes) -> None:
+        """Send `data`, and wait for a client that has much to take; raises TimeoutError, ConnectionError."""
+        if not self.offer(data):
+            async with asyncio.timeout(SEND_SECONDS):
+                await self._response.write(data)
+
+    def abort(self) -> None:
+        """Break off."""
+        if self._transport is not None:
+            self._transport.abort()
 
 
-async def _fail(request: web.Request, response: web.StreamResponse, form: Form, error: ApiError) -> None:
+async def _fail(request: web.Request, line: _Line, form: Form, error: ApiError) -> None:
     request[STATUS] = error.status
     words = form.error(error)
     try:
         if words is not None:
-            await _write(request, response, words)
+            await line.write(words)
         else:
-            _abort(request)
+            line.abort()
     except (TimeoutError, ConnectionError):
-        _abort(request)
-
-
-def _abort(request: web.Request) -> None:
-    if request.transport is not None:
-        request.transport.abort()
+        line.abort()

@@ -18,7 +18,7 @@ import zmq.asyncio
 
 from runtime.bundle import BundleError
 from runtime.devices import DeviceError
-from server import counts, fleet
+from server import counts, fleet, status
 from server.catalog import Catalog, Entry
 from server.deployment import Deployment
 from server.fleet import Ask, Command, Counts, Demand, Fleet, Join, ModelState, Offer, Outcome, Status
@@ -440,18 +440,14 @@ class Supervisor:
     def _engines(self) -> Iterable[fleet.Engine]:
         for deployment in self._deployments.values():
             for worker, launch in zip(deployment.workers, deployment.launches, strict=True):
-                ready = worker.client.ready if worker.client is not None else None
-                yield fleet.Engine(
+                yield status.engine(
                     deployment.name,
                     worker.device,
                     launch.variant,
-                    worker.state,
-                    deployment.draining,
-                    worker.restarts,
-                    0 if ready is None else ready.slots,
-                    0 if ready is None else ready.context,
-                    0 if ready is None else ready.queue,
-                    worker.client.heartbeat if worker.client is not None else None,
+                    worker.client,
+                    state=worker.state,
+                    draining=deployment.draining,
+                    restarts=worker.restarts,
                 )
 
     def _processes(self) -> Iterable[fleet.Process]:

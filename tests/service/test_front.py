@@ -1,90 +1,17 @@
-"""One HTTP process under many connections, readers that are too slow, and the admin socket's permissions."""
+"""What the server tells of itself, and whom it lets in."""
 
 import asyncio
 import os
 import re
-import resource
 import stat
-from collections.abc import AsyncIterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import aiohttp
 import psutil
-import pytest
 
-from server import open_files
-from tests.service.conftest import ROOT, Running, events, serve
+from tests.service.conftest import ROOT, serve
 
 PROMPT = [5, 6, 7, 8, 9]
-IDLE, STREAMS = 1000, 200
-
-
-@pytest.fixture(autouse=True)
-async def many_files() -> AsyncIterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    open_files.raise_limit()
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-async def connect(running: Running) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    address = urlsplit(running.url)
-    return await asyncio.open_connection(address.hostname, address.port)
-
-
-async def health(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """A request on a connection that stays open."""
-    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-    head = await reader.readuntil(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200")
-    length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length"))
-    await reader.readexactly(length)
-
-
-async def test_a_thousand_idle_connections_and_two_hundred_streams_on_one_process(engines: Path) -> None:
-    async with serve(
-        engines, "--model=alpha", f"--queue={STREAMS}", "--queue-tokens=100000", "--slots=16", seconds=60
-    ) as running:
-        idle = [await connect(running) for _ in range(IDLE)]
-        await asyncio.gather(*(health(*connection) for connection in idle))
-        (front,) = await running.pids("http-")
-        assert psutil.Process(front).num_fds() > IDLE
-        _, alone = await running.answer("alpha", PROMPT, 200)
-
-        async def stream() -> None:
-            async with running.stream("alpha", PROMPT, 200) as response:
-                assert events(await response.text()) == (alone, True)
-
-        await asyncio.gather(*(stream() for _ in range(STREAMS)))
-        await asyncio.gather(*(health(*connection) for connection in idle))
-        for _, writer in idle:
-            writer.close()
-
-
-async def test_a_reader_that_takes_nothing_costs_bounded_memory_and_then_its_answer(engines: Path) -> None:
-    """The engine makes tokens as fast as it can; the client's window and the server's buffers are full after some of them."""
-    async with serve(engines, "--model=alpha", "--context=510", "--slots=2", seconds=60) as running:
-        (front,) = await running.pids("http-")
-        body = (
-            '{"model":"alpha","prompt":[5,6,7],"max_tokens":500,"temperature":0,"ignore_eos":true,"stream":true,'
-            '"logprobs":0,"stream_options":{"include_usage":true,"continuous_usage_stats":true}}'
-        )
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        request = (head + body).encode()
-        await running.answer("alpha", PROMPT, 200)
-        before = psutil.Process(front).memory_info().rss
-        stuck = [await connect(running) for _ in range(40)]
-        for reader, writer in stuck:
-            reader._transport.pause_reading()  # type: ignore[attr-defined]
-            writer.write(request * 30)
-        await asyncio.sleep(3)
-        grown = psutil.Process(front).memory_info().rss - before
-        assert grown < 64 << 20, f"{grown >> 20} MiB for 40 readers that take nothing"
-        assert (await running.answer("alpha", PROMPT, 20))[0] == 200
-        for _, writer in stuck:
-            writer.transport.abort()
-        await running.settled()
 
 
 async def test_the_admin_socket_and_the_workers_are_their_owners_alone(engines: Path) -> None:

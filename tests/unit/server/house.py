@@ -13,7 +13,8 @@ from runtime.bundle import Bundle
 from runtime.messages import Generate
 from runtime.text import Text
 from server import app
-from server.fleet import Action, Engine, Outcome, Status, WorkerState
+from server import status as describe
+from server.fleet import Action, Outcome, Status
 from server.metrics import Metrics
 from server.replicas import Replica
 from server.roster import Roster
@@ -65,19 +66,13 @@ def service_for(bundle: Bundle, text: Text, *replicas: Replica) -> Service:
     roster.adopt("d1", Served(bundle.name, bundle, bundle.variants[0], text, replicas, metrics))
 
     async def status() -> Status:
-        models = tuple(roster.models)
-        return Status(0, 0.0, models, tuple(map(_engine, replicas)), (), (), metrics.samples())
+        engines = tuple(
+            describe.engine("tiny", each.device, "cpu-int4", each.client, state="ready" if each.client else "restarting")
+            for each in replicas
+        )
+        return Status(0, 0.0, tuple(roster.models), engines, (), (), metrics.samples())
 
     async def command(action: Action, model: str) -> Outcome:
         return Outcome(0, f"{action} {model}")
 
     return Service(roster, metrics, status, command, patience=1.0)
-
-
-def _engine(replica: Replica) -> Engine:
-    client = replica.client
-    ready = client.ready if client is not None else None
-    state: WorkerState = "ready" if ready is not None else "restarting"
-    slots, context, queue = (ready.slots, ready.context, ready.queue) if ready is not None else (0, 0, 0)
-    beat = client.heartbeat if client is not None else None
-    return Engine("tiny", replica.device, "cpu-int4", state, False, 0, slots, context, queue, beat)
