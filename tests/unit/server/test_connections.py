@@ -157,3 +157,15 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_goes() -> None:
     command = ["bash", "-c", 'ulimit -Sn 64 && exec "$0" -c "$1"', sys.executable, code]
     hard = str(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     assert subprocess.run(command, capture_output=True, check=True, text=True).stdout.split() == [hard, hard, hard]
+
+
+async def test_a_client_of_http_1_0_gets_its_stream_without_chunks(start: Start) -> None:
+    port, _ = start(steps=100.0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    body = json.dumps({"prompt": "hi", "max_tokens": TOKENS}).encode()
+    writer.write(b"POST /v1/generate HTTP/1.0\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    head, _, text = (await asyncio.wait_for(reader.read(), 10)).decode().partition("\r\n\r\n")
+    assert "chunked" not in head
+    assert len(text) == TOKENS
+    assert text in ALPHABET * (2 + TOKENS // len(ALPHABET))
+    writer.close()
