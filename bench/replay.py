@@ -16,7 +16,7 @@ import msgspec
 import zmq
 
 from bench.arguments import number
-from runtime import messages
+from runtime import messages, orphan
 from runtime.messages import Attach, Cancel, Finish, Generate, Heartbeat, Progress, Ready, Row
 
 LOGPROB = -0.5
@@ -99,7 +99,7 @@ class Replay:
 
     def _beat(self) -> None:
         for owner, left in list(self._left.items()):
-            numbers: dict[str, float] = {field.name: 0 for field in msgspec.structs.fields(Heartbeat)}
+            numbers: dict[str, float] = {field.name: 0 for field in msgspec.structs.fields(Heartbeat) if field.required}
             numbers |= {"running": len(left), "steps": self._steps}
             self._send(owner, msgspec.convert(numbers, Heartbeat))
 
@@ -114,6 +114,7 @@ def main() -> int:
     """The process: bind, answer until stdin ends."""
     parser = argparse.ArgumentParser(prog="bench.replay", description="Answer prompts without an engine.")
     parser.add_argument("--socket", required=True, help="ZeroMQ address to bind, as ipc:///run/engine.sock")
+    parser.add_argument("--parent", type=int, help="process that this one must not outlive")
     parser.add_argument("--tokens", type=number(int, 0), nargs="+", required=True, help="ids that every answer repeats")
     parser.add_argument("--model", default="replay", help="what it calls its model (default: %(default)s)")
     parser.add_argument("--vocab", type=number(int, 1), default=2**20, help="tokens that may be in a prompt")
@@ -122,6 +123,8 @@ def main() -> int:
     parser.add_argument("--row-tokens", type=number(int, 1), default=1, help="tokens of a row (default: %(default)s)")
     parser.add_argument("--steps", type=number(float, 0), default=0.0, help="steps a second; 0 is as many as go (default)")
     args = parser.parse_args()
+    if args.parent is not None:
+        orphan.die_with(args.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     ready = Ready(
         model=args.model,

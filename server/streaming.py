@@ -13,6 +13,9 @@ from server.journal import STATUS
 SEND_SECONDS = 30.0
 """How long a client may take nothing of what waits for it before its connection is dropped."""
 
+SLOW_READER = 408
+"""The status of an answer that was given up because its client did not keep up; its connection takes no other request."""
+
 CLIENT_GONE = 499
 """nginx's status for a client that went away before its answer was complete."""
 
@@ -106,6 +109,10 @@ class _Line:
             async with asyncio.timeout(SEND_SECONDS):
                 await self._response.write(data)
 
+    def close(self) -> None:
+        """Close the connection once this response has ended."""
+        self._response.force_close()
+
     def abort(self) -> None:
         """Break off."""
         if self._transport is not None:
@@ -115,6 +122,8 @@ class _Line:
 async def _fail(request: web.Request, line: _Line, form: Form, error: ApiError) -> None:
     request[STATUS] = error.status
     words = form.error(error)
+    if error.status == SLOW_READER:
+        line.close()
     try:
         if words is not None:
             await line.write(words)
