@@ -99,6 +99,13 @@ class Deployment:
         )
         return fleet.Deployment(self.id, self.name, str(self.entry.folder), self.entry.build, self.draining, workers)
 
+    def __str__(self) -> str:
+        """The first of its engines that is ready, for a log."""
+        ready = next((worker.client.ready for worker in self.workers if worker.client is not None), None)
+        if ready is None:
+            return self.name
+        return f"{self.name} ({ready.variant}): {ready.slots} slots of {ready.context} tokens"
+
     def drain(self) -> None:
         """Take no more requests from now on."""
         if self.draining_since is None:

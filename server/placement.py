@@ -49,7 +49,7 @@ def place(
     removable: Sequence[str],
     why: Mapping[str, str],
 ) -> Placement | None:
-    """Seats for up to `replicas` engines that take `needs` bytes by seat, the emptiest first.
+    """Seats for `replicas` engines that take `needs` bytes by seat, or as many as there can be; the emptiest first.
 
     Of `occupants`, those in `removable` may be evicted, the first before the others, and no more than necessary. None where
     they do not make enough room, and others would. Raises DoesNotFitError where even an empty device has too little; `why`
@@ -58,20 +58,28 @@ def place(
     possible = [seat for seat in seats if needs[seat.name] <= seat.budget]
     if not possible:
         raise DoesNotFitError(_arithmetic(seats, needs, why))
-    wanted = min(replicas, len(possible))
-    going: list[str] = []
-    for id_ in [None, *removable]:
-        if id_ is not None:
-            going.append(id_)
-        if len(_fitting(possible, needs, occupants, going)) >= wanted:
+    for count in range(min(replicas, len(possible)), 0, -1):
+        going = _leaving(possible, needs, count, occupants, removable)
+        if going is not None:
+            return Placement(tuple(_fitting(possible, needs, occupants, going)[:count]), tuple(going))
+    return None
+
+
+def _leaving(
+    seats: Sequence[Seat], needs: Mapping[str, int], count: int, occupants: Collection[Occupant], removable: Sequence[str]
+) -> list[str] | None:
+    """Who must leave for `count` of the seats to have room enough; None where that does not suffice."""
+    for leavers in range(len(removable) + 1):
+        going = list(removable[:leavers])
+        if len(_fitting(seats, needs, occupants, going)) >= count:
             break
     else:
         return None
-    for id_ in list(going):  # Whoever was asked to leave a device that is still too full may stay.
+    for id_ in removable:  # Whoever would leave a device that stays too full may stay.
         without = [other for other in going if other != id_]
-        if len(_fitting(possible, needs, occupants, without)) >= wanted:
+        if len(_fitting(seats, needs, occupants, without)) >= count:
             going = without
-    return Placement(tuple(_fitting(possible, needs, occupants, going)[:wanted]), tuple(going))
+    return going
 
 
 def crowded(seats: Sequence[Seat], needs: Mapping[str, int], occupants: Sequence[Occupant], names: Mapping[str, str]) -> str:

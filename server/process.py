@@ -55,18 +55,22 @@ class SocketFolder:
 class ChildProcess:
     """A running `command` with a stdin whose end says that this process is gone.
 
-    A context, at whose end nothing is left of it.
+    A context, at whose end nothing is left of it. Raises ServeError where the system starts none.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
         self.command = command
         """What it runs, for another process to take its place."""
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(CODE), *filter(None, [os.environ.get("PYTHONPATH")])])},
-            start_new_session=True,  # Ctrl-C in a terminal is for this process, which then ends that one in good order.
-        )
+        path = os.pathsep.join([str(CODE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C in a terminal is for this process, which then ends that one in good order.
+            )
+        except OSError as error:  # too little memory, too many processes
+            raise ServeError(f"no process can be started ({error.strerror})") from error
 
     def __enter__(self) -> Self:
         return self

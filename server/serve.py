@@ -18,6 +18,7 @@ from server import fronts, listen
 from server.catalog import Catalog, Entry
 from server.doors import Doors, Limits, Settings
 from server.launch import Common, ModelOptions, named, seats
+from server.models import Rules
 from server.options import configure
 from server.process import ServeError
 from server.supervisor import Plan, Supervisor
@@ -59,17 +60,16 @@ def plan(args: argparse.Namespace, port: int) -> Plan:
         raise ServeError(f"{args.config} has options for a model {unknown[0]!r}, which is none of {', '.join(catalog.entries)}")
     inside = doors(args, port)
     host = f"[{args.host}]" if ":" in args.host else args.host
-    return Plan(
+    rules = Rules(
         catalog=catalog,
         seats=seats(args.device, args.memory, args.gpu_memory or devices.GPU_MEMORY),
         common=common(args),
         preload=preload,
-        fronts=args.http_processes,
-        front=functools.partial(_front, args, inside),
-        url=f"{'http' if inside.certificate is None else 'https'}://{host}:{port}",
         drain_seconds=args.drain_seconds,
         silence=args.watchdog_seconds,
     )
+    url = f"{'http' if inside.certificate is None else 'https'}://{host}:{port}"
+    return Plan(rules, args.http_processes, functools.partial(_front, args, inside), url)
 
 
 def doors(args: argparse.Namespace, port: int) -> Doors:

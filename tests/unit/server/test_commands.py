@@ -41,11 +41,11 @@ def planned(*arguments: str) -> Plan:
 def test_without_a_name_the_first_bundle_is_loaded_and_with_some_those(tmp_path: Path, bundle: Bundle) -> None:
     publish(tmp_path, "beta", bundle)
     publish(tmp_path, "alpha", bundle)
-    assert planned(f"--engines={tmp_path}").preload == ["alpha"]
-    assert planned(f"--engines={tmp_path}", "--model=beta, alpha").preload == ["beta", "alpha"]
+    assert planned(f"--engines={tmp_path}").rules.preload == ["alpha"]
+    assert planned(f"--engines={tmp_path}", "--model=beta, alpha").rules.preload == ["beta", "alpha"]
     elsewhere = planned("--engines=elsewhere", f"--model={tmp_path}/beta")
-    assert elsewhere.preload == ["beta"]
-    assert elsewhere.catalog.find("beta").folder == tmp_path / "beta"
+    assert elsewhere.rules.preload == ["beta"]
+    assert elsewhere.rules.catalog.find("beta").folder == tmp_path / "beta"
 
 
 def test_a_bundle_that_is_not_there_is_told_with_those_that_are(tmp_path: Path, bundle: Bundle) -> None:
