@@ -119,6 +119,10 @@ class Running:
                     return
                 await asyncio.sleep(0.05)
 
+    async def all_ready(self) -> bool:
+        """Whether every engine takes requests."""
+        return {engine["state"] for engine in (await self.status())["engines"]} == {"ready"}
+
     async def settled(self, seconds: float = 20) -> None:
         """Return once nothing runs or waits in any engine."""
 

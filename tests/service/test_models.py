@@ -150,9 +150,9 @@ async def test_unloading_lets_answers_finish_and_gives_the_memory_back(engines: 
 
 
 async def test_an_answer_that_does_not_finish_in_time_ends_with_an_error(engines: Path) -> None:
-    async with serve(engines, "--model=alpha", "--drain-seconds=0.3", "--slots=1") as running:
+    async with serve(engines, "--model=alpha", "--drain-seconds=0.3", "--context=510") as running:
         (pid,) = await running.pids("alpha@")
-        async with running.stream("alpha", PROMPT, 240) as response:
+        async with running.stream("alpha", PROMPT, 500) as response:
             os.kill(pid, signal.SIGSTOP)
             assert (await running.act("alpha", "unload"))[0] == 200
             assert not events(await response.text())[1]
@@ -212,7 +212,7 @@ async def test_a_model_runs_where_and_as_often_as_it_was_told(engines: Path) -> 
     config = engines.parent / "serve.toml"
     config.write_text('device = ["cpu", "cpu"]\nmodel = ["alpha", "beta"]\n[models.beta]\nreplicas = 1\n')
     async with serve(engines, f"--config={config}") as running:
-        await running.until(lambda: _in_state(running, "beta", "ready"))
+        await running.until(running.all_ready)
         assert len(await running.pids("alpha@")) == 2
         assert len(await running.pids("beta@")) == 1
         cores = [os.sched_getaffinity(pid) for pid in await running.pids("alpha@")]

@@ -71,7 +71,7 @@ async def test_streams_requests_deaths_and_hang_ups_leave_everything_as_it_was(l
         assert outcomes["whole"] > 64, outcomes
         assert outcomes["cut off"] > 16, outcomes
         assert set(outcomes) <= {"whole", "cut off", "broken", "refused"}, outcomes
-        await running.until(lambda: _both_ready(running))
+        await running.until(running.all_ready)
         await running.settled()
         assert await running.metric("engineshed_worker_restarts_total") >= 3
         names = [process["name"] for process in (await running.status())["processes"]]
@@ -92,10 +92,6 @@ async def _one(running: Running, model: str, prompt: list[int], alone: str, own:
         text, whole = events(await response.text())
         assert text == alone if whole else alone.startswith(text)
         return "whole" if whole else "broken"
-
-
-async def _both_ready(running: Running) -> bool:
-    return [engine["state"] for engine in (await running.status())["engines"]] == ["ready", "ready"]
 
 
 async def test_memory_stays_flat_over_thousands_of_requests(load: Load) -> None:
