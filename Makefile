@@ -10,6 +10,7 @@ MODEL ?=
 RECIPE ?=
 TARGET ?=
 PRECISION ?=
+SOAK ?= 1800
 INSTALLED := $(VENV)/.installed
 
 EXPORT_FLAGS := $(if $(RECIPE),--recipe $(RECIPE)) $(if $(TARGET),--target $(TARGET)) $(if $(PRECISION),--precision $(PRECISION))
@@ -26,7 +27,7 @@ help:  ## show this
 	@echo "make export  [MODEL=hub-id|folder|file.gguf] [RECIPE=engines/x.toml] [TARGET=cpu] [PRECISION='int4 fp32']"
 	@echo "make test    set up, lint, types, and every test on the real model"
 	@echo "make check   lint and types          make unit   with tiny models         make e2e   the real model and server"
-	@echo "make soak    an hour of requests, hang-ups, errors and deaths over the default model: memory stays flat, nothing hangs"
+	@echo "make soak    [SOAK=1800] seconds of requests, hang-ups, errors and deaths over the default model: memory stays flat, nothing hangs"
 	@echo "make bench   latency and throughput of the default model's engines, beside the peers that are installed"
 	@echo "make bench-served  the server over HTTP, beside llama.cpp's"
 	@echo "make microbench    what Python does around a step"
@@ -61,7 +62,7 @@ unit: $(INSTALLED)
 
 soak: $(INSTALLED)
 	@$(BIN)/engineshed export --if-missing --precision int4 fp32
-	SOAK=1 $(BIN)/pytest tests/service/test_soak.py --timeout 7200 --durations=0
+	SOAK=$(SOAK) $(BIN)/pytest tests/service/test_soak.py --timeout 7200 --durations=0
 
 e2e: $(INSTALLED)
 	$(BIN)/engineshed export --if-missing --recipe tests/data/e2e.toml

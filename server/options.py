@@ -101,8 +101,8 @@ def _describe_queue(group: argparse._ArgumentGroup) -> None:
         "--queue-seconds",
         type=_seconds,
         default=0,
-        help="how long a request may wait for a slot, the loading of its model included; then it gets status 504 (default: as "
-        "long as its client, and a minute for the loading)",
+        help="how long a request may wait for its model to be loaded, for which it then gets status 503, and for a slot, 504 "
+        "(default: a minute for the model, for a slot as long as its client)",
     )
     group.add_argument(
         "--total-seconds",

@@ -59,8 +59,6 @@ class ChildProcess:
     """
 
     def __init__(self, command: Sequence[str]) -> None:
-        self.command = command
-        """What it runs, for another process to take its place."""
         path = os.pathsep.join([str(CODE), *filter(None, [os.environ.get("PYTHONPATH")])])
         try:
             self._process = subprocess.Popen(
@@ -111,7 +109,6 @@ class EngineProcess(ChildProcess):
         self.address = self._folder.address
         """Of the ZeroMQ socket that the process binds once it has loaded its engine."""
         super().__init__([*command, f"--socket={self.address}", f"--parent={os.getpid()}"])
-        self.command = command
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         super().__exit__(kind, error, trace)

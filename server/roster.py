@@ -200,7 +200,7 @@ class Roster:
     async def lease(self, name: str, seconds: float) -> AsyncIterator[Served]:
         """The model while a request uses it, waited for as long as it is loaded, `seconds` at most.
 
-        Raises ApiError: 404 for a model that there is not, 429 where too many wait, 503 where it cannot be had, 504.
+        Raises ApiError: 404 for a model that there is not, 429 where too many wait, 503 where it cannot be had.
         """
         deployed = self._ready(name) or await self._wait(name, seconds)
         deployed.leases += 1

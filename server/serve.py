@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import functools
-import logging
 import os
 import signal
 import sys
@@ -24,8 +23,6 @@ from server.process import ServeError
 from server.supervisor import Plan, Supervisor
 
 __all__ = ["common", "configure", "doors", "plan", "run"]
-
-log = logging.getLogger("engineshed")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -35,8 +35,8 @@ class WorkerHopelessError(ServeError):
 class Worker:
     """Keeps one engine process alive and a connection to it.
 
-    To be made in a running event loop. An async context, at whose end the process has ended. The first one may have been
-    started already: `first`, which then is this context's to end. `changed` is called whenever `state` is another.
+    To be made in a running event loop. An async context, at whose end the process has ended. `changed` is called whenever
+    `state` is another.
     """
 
     def __init__(
@@ -44,17 +44,15 @@ class Worker:
         command: Sequence[str],
         *,
         device: str = "cpu",
-        first: EngineProcess | None = None,
         silence: float = SILENCE_SECONDS,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._command = command
         self._device = device
-        self._first = first
         self._silence = silence
         self._changed = changed
         self._client: EngineClient | None = None
-        self._process: EngineProcess | None = first
+        self._process: EngineProcess | None = None
         self._state: WorkerState = "loading"
         self._starts = 0
         self._loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
@@ -124,10 +122,8 @@ class Worker:
 
     async def _keep(self) -> NoReturn:
         deaths = 0
-        first = self._first
         while True:
-            process = self._process = first or EngineProcess(self._command)
-            first = None
+            process = self._process = EngineProcess(self._command)
             self._starts += 1
             self._become("loading" if deaths == 0 else "restarting")
             try:

@@ -1,6 +1,6 @@
 """Load for a while, with everything that goes wrong on the way; afterwards all is as it was.
 
-With the variable SOAK the same for longer, over the default model: `make soak`.
+With the variable SOAK the same over the default model, for as many seconds as it says: `make soak`.
 """
 
 import asyncio
@@ -34,15 +34,26 @@ class Load:
     seconds: float
     between_deaths: float
     """Seconds."""
+    tokens: int
+    """Of an answer while engines are killed."""
 
 
 @pytest.fixture
 def load(engines: Path, tmp_path: Path) -> Load:
-    if not os.environ.get("SOAK"):
-        return Load(engines, "alpha", 512, requests=5000, seconds=12, between_deaths=1.5)
+    seconds = int(os.environ.get("SOAK") or 0)
+    if not seconds:
+        return Load(engines, "alpha", 512, requests=5000, seconds=12, between_deaths=1.5, tokens=150)
     (tmp_path / "real").mkdir()
     (tmp_path / "real/engines").symlink_to(ROOT / "engines")
-    return Load(tmp_path / "real/engines", "smollm2-135m-instruct", 49152, requests=20_000, seconds=1800, between_deaths=8)
+    return Load(
+        tmp_path / "real/engines",
+        "smollm2-135m-instruct",
+        49152,
+        requests=10 * seconds,
+        seconds=seconds,
+        between_deaths=8,
+        tokens=30,
+    )
 
 
 async def test_streams_requests_deaths_and_hang_ups_leave_everything_as_it_was(load: Load) -> None:
@@ -51,14 +62,14 @@ async def test_streams_requests_deaths_and_hang_ups_leave_everything_as_it_was(l
     prompts = [[chance.randrange(3, load.vocab) for _ in range(chance.randint(1, 60))] for _ in range(64)]
     options = [f"--model={load.model}", "--variant=cpu-fp32", "--device=cpu,cpu", "--queue=200", "--http-processes=2"]
     async with serve(load.engines, *options, seconds=300 + 2 * load.seconds) as running:
-        alone = [(await running.answer(load.model, prompt, 150))[1] for prompt in prompts]
+        alone = [(await running.answer(load.model, prompt, load.tokens))[1] for prompt in prompts]
         outcomes: Counter[str] = Counter()
         stop = asyncio.get_running_loop().time() + load.seconds
 
         async def client(number: int) -> None:
             own = random.Random(number)
             while asyncio.get_running_loop().time() < stop:
-                outcomes[await _one(running, load.model, prompts[number], alone[number], own)] += 1
+                outcomes[await _one(running, load, prompts[number], alone[number], own)] += 1
 
         async def killer() -> None:
             while asyncio.get_running_loop().time() < stop:
@@ -76,13 +87,13 @@ async def test_streams_requests_deaths_and_hang_ups_leave_everything_as_it_was(l
         assert await running.metric("engineshed_worker_restarts_total") >= 3
         names = [process["name"] for process in (await running.status())["processes"]]
         assert sorted(names) == sorted([f"{load.model}@cpu#1", f"{load.model}@cpu#2", "http-0", "http-1", "supervisor"])
-        assert [(await running.answer(load.model, prompt, 150))[1] for prompt in prompts[:8]] == alone[:8]
+        assert [(await running.answer(load.model, prompt, load.tokens))[1] for prompt in prompts[:8]] == alone[:8]
 
 
-async def _one(running: Running, model: str, prompt: list[int], alone: str, own: random.Random) -> str:
+async def _one(running: Running, load: Load, prompt: list[int], alone: str, own: random.Random) -> str:
     """One stream: how it ended. What came of it must be how the answer begins, and all of it if it ended as it should."""
-    body = {"model": model, "prompt": prompt, "max_tokens": 150, "temperature": 0, "ignore_eos": True, "stream": True}
-    async with running.http.post("/v1/completions", json=body) as response:
+    body = {"model": load.model, "prompt": prompt, "max_tokens": load.tokens, "temperature": 0, "ignore_eos": True}
+    async with running.http.post("/v1/completions", json={**body, "stream": True}) as response:
         if response.status != 200:
             assert response.status in (429, 503), await response.text()
             return "refused"

@@ -57,17 +57,6 @@ async def test_a_worker_is_ready_when_its_engine_is_loaded_and_gone_after_the_co
     assert worker.restarts == 0
 
 
-async def test_a_process_that_runs_already_is_the_first_and_a_dead_one_is_replaced_by_the_command() -> None:
-    with EngineProcess(SCRIPT) as first:
-        async with Worker([sys.executable, "-c", "raise SystemExit(2)"], first=first) as worker:
-            loaded = await asyncio.wait_for(worker.loaded(), 15)
-            assert first.address.removeprefix("ipc://") in command_line(loaded.pid)
-            assert worker.restarts == 0
-            os.kill(loaded.pid, signal.SIGKILL)
-            with pytest.raises(WorkerHopelessError):
-                await asyncio.wait_for(worker.hopeless(), 15)
-
-
 def test_nothing_is_left_of_a_process_whatever_it_was_doing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with EngineProcess([*SCRIPT, "--deaf"]) as process:
