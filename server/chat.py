@@ -13,6 +13,7 @@ import msgspec
 from rich.console import Console
 from yarl import URL
 
+from server import client_key
 from server.answers import ChatChunk, ModelList
 from server.errors import ErrorBody
 
@@ -25,7 +26,7 @@ class ChatError(Exception):
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
-    parser.description = f"Chat with a running server: {HELP}."
+    parser.description = f"Chat with a running server: {HELP}. An API key is taken from {client_key.VARIABLE}."
     parser.add_argument("--url", type=_address, default=URL("http://127.0.0.1:8000"), help="the server (default: %(default)s)")
     parser.add_argument("--model", help="model to ask for (default: the server's first)")
     parser.add_argument("--system", help="system prompt")
@@ -129,8 +130,10 @@ def _answer(console: Console, conversation: Conversation, text: str) -> None:
 
 async def _first_model(url: URL) -> str:
     try:
-        async with aiohttp.ClientSession() as session, session.get(url / "v1/models") as response:
+        async with aiohttp.ClientSession(headers=client_key.headers()) as session, session.get(url / "v1/models") as response:
             body = await response.read()
+            if response.status == 401:
+                raise ChatError(f"{url} needs an API key; put it into the variable {client_key.VARIABLE}")
             if response.status != 200:
                 raise ChatError(f"{url} answered with status {response.status}; is it an engineshed server?")
             return msgspec.json.decode(body, type=ModelList).data[0].id
@@ -144,7 +147,10 @@ async def _chunks(url: URL, body: dict[str, Any]) -> AsyncIterator[ChatChunk]:
     """The events of a streamed chat completion."""
     timeout = aiohttp.ClientTimeout(total=None)
     try:
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.post(url, json=body) as response:
+        async with (
+            aiohttp.ClientSession(timeout=timeout, headers=client_key.headers()) as session,
+            session.post(url, json=body) as response,
+        ):
             if response.status != 200:
                 raise ChatError(_message(await response.read()))
             failed = False

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from rich.table import Column, Table
 from rich.text import Text
 from yarl import URL
 
+from server import client_key
 from server.admin import ServerStatus
 from server.errors import ErrorBody
 from server.fleet import Engine
 
-KEY_VARIABLE = "ENGINESHED_API_KEY"
 _STATE_STYLES = {"ready": "green", "loading": "yellow", "waiting": "yellow", "restarting": "yellow", "cold": "dim"}
 
 
@@ -45,7 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     parser.description = (
         "Show a running server's models, engines, processes and memory, live. It needs /admin: an admin key in the variable "
-        f"{KEY_VARIABLE}, or the server's --admin-socket."
+        f"{client_key.VARIABLE}, or the server's --admin-socket."
     )
     parser.add_argument("--url", type=URL, default=URL("http://127.0.0.1:8000"), help="the server (default: %(default)s)")
     parser.add_argument("--socket", metavar="FILE", type=Path, help="its --admin-socket, instead of --url")
@@ -67,12 +66,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _watch(console: Console, url: URL, socket: Path | None, every: float, once: bool) -> None:
-    key = os.environ.get(KEY_VARIABLE)
     connector = None if socket is None else aiohttp.UnixConnector(str(socket))
     base = url if socket is None else URL("http://admin")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     timeout = aiohttp.ClientTimeout(10)
-    async with aiohttp.ClientSession(base, connector=connector, headers=headers, timeout=timeout) as http:
+    async with aiohttp.ClientSession(base, connector=connector, headers=client_key.headers(), timeout=timeout) as http:
         before = await _look(http, socket or url)
         if once:
             await asyncio.sleep(every)
