@@ -11,7 +11,7 @@ from server.catalog import Catalog, Entry
 from server.deployment import Deployment
 from server.fleet import Demand, ModelState, Offer
 from server.launch import Common, Launch, launches
-from server.placement import DoesNotFitError, Seat, crowded, place
+from server.placement import DoesNotFitError, Seat, crowded, free, place
 from server.process import ServeError
 
 PATIENCE_SECONDS = 5.0
@@ -239,8 +239,9 @@ class Models:
             log.info("%s makes room for %s", self.deployments[id_].name, name)
             self.deployments[id_].drain()
         everybody = [deployment.occupant for deployment in self.deployments.values()]
-        now = place(chosen.seats, needs, len(chosen.seats), everybody, (), why)
-        return [] if now is None else [launch for launch in options if launch.seat in now.seats]
+        if any(free(seat, everybody) < needs[seat.name] for seat in chosen.seats):
+            return []  # until those that leave are gone
+        return [launch for launch in options if launch.seat in chosen.seats]
 
     def _removable(self, name: str, wish: Wish) -> list[str]:
         """Deployments that may make room for `name`: idle ones, asked for least recently first; then, if it has waited for long

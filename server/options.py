@@ -81,7 +81,7 @@ def _describe_engines(group: argparse._ArgumentGroup) -> None:
         "--watchdog-seconds",
         type=_positive_seconds,
         default=60.0,
-        help="an engine from which nothing comes for so long, its steps included, is replaced (default: %(default)g)",
+        help="an engine, its steps included, or HTTP process that is silent for so long is replaced (default: %(default)g)",
     )
 
 

@@ -48,6 +48,8 @@ class _Joined:
     """What is known of an HTTP process that has joined."""
 
     name: str
+    heard: float
+    """time.monotonic() at its last message; it sends one a second."""
     demand: Demand | None = None
 
 
@@ -65,6 +67,7 @@ class Supervisor:
         self._models = Models(plan.rules, lambda: [joined.demand for joined in self._joined.values()], self._poke)
         self._commands = Commands(self._models, plan.rules.catalog, self._changed)
         self._obeying: set[asyncio.Task[None]] = set()
+        self._looked = time.monotonic()
         self._version = 0
         self._told: Fleet | None = None
         self._draining = False
@@ -110,11 +113,13 @@ class Supervisor:
             await self._take(owner, message)
 
     async def _take(self, owner: bytes, message: fleet.Up) -> None:
+        if owner in self._joined:
+            self._joined[owner].heard = time.monotonic()
         match message:
             case Join(name):
                 for old in [old for old, joined in self._joined.items() if joined.name == name]:
                     self._leave(old)
-                self._joined[owner] = _Joined(name)
+                self._joined[owner] = _Joined(name, time.monotonic())
                 if self._told is not None:
                     await self._send(owner, self._told)
                 self._poke()
@@ -152,6 +157,7 @@ class Supervisor:
         """Bring about what is wanted, as far as it can be now, and tell everybody; again whenever something has changed."""
         while True:
             self._poked.clear()
+            self._watch()
             if not self._draining:
                 self._models.round()
             await self._publish()
@@ -161,6 +167,18 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_SECONDS):
                     await self._poked.wait()
+
+    def _watch(self) -> None:
+        """End an HTTP process that hangs, so that another takes its place."""
+        now = time.monotonic()
+        held_up, self._looked = now - self._looked > 5 * TICK_SECONDS, now
+        for joined in self._joined.values():
+            if held_up:  # What came while this process itself did not run has not been read.
+                joined.heard = now
+            elif now - joined.heard > self._plan.rules.silence:
+                log.error("%s has been silent for %.0f s and is taken for dead", joined.name, now - joined.heard)
+                joined.heard = now
+                next(front for front in self._fronts if front.name == joined.name).signal(signal.SIGKILL)
 
     def _announce(self) -> None:
         """Say that the server works, once it does. Raises ServeError where it never will: whoever started it is there still."""

@@ -24,6 +24,16 @@ async def test_a_hung_engine_is_replaced_and_what_it_had_not_begun_is_answered(e
         assert await running.metric("engineshed_worker_restarts_total", model="alpha") == 1
 
 
+async def test_a_hung_http_process_is_replaced(engines: Path) -> None:
+    async with serve(engines, "--model=alpha", "--watchdog-seconds=2") as running:
+        (front,) = await running.pids("http-")
+        os.kill(front, signal.SIGSTOP)
+        await running.until(lambda: gone([front]))
+        await running.until(lambda: _answers(running))
+        assert (await running.answer("alpha", PROMPT))[0] == 200
+        assert await running.metric("engineshed_process_restarts_total", process="http-0") == 1
+
+
 async def test_a_dead_http_process_is_replaced_and_its_requests_are_cancelled(engines: Path) -> None:
     async with serve(engines, "--model=alpha", "--slots=2") as running:
         (engine,) = await running.pids("alpha@")
