@@ -18,6 +18,9 @@ PATIENCE_SECONDS = 5.0
 """How long a model waits for idle ones to make room. Then the one that has been loaded for longest takes no new requests and
 leaves once it has answered those that it has, so that no model is kept out by others that are never idle."""
 
+LOOK_SECONDS = 1.0
+"""Between two looks at the engines' folder: there may be many rounds a second."""
+
 log = logging.getLogger("engineshed")
 
 
@@ -73,6 +76,7 @@ class Models:
         """By id, the oldest first."""
         self.wishes: dict[str, Wish] = {}
         self.faults: dict[str, Fault] = {}
+        self._looked = time.monotonic()
         for name in rules.preload:
             self.wishes[name] = Wish(time.monotonic(), preloaded=True)
 
@@ -144,7 +148,10 @@ class Models:
 
     def round(self) -> None:
         """End what is drained, let new builds take the old ones' place, load what is waited for."""
-        self._rules.catalog.refresh()
+        now = time.monotonic()
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            self._rules.catalog.refresh()
         self._retire()
         self._turn_over()
         self._grant()

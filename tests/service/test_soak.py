@@ -18,8 +18,6 @@ from tests.service.conftest import ROOT, Running, events, serve
 
 FLAT = 0.02
 """By how much a process may be larger in the last quarter than in the second."""
-NOISE = 1 << 20
-"""Bytes below which a difference is an allocator's own business."""
 WRONG = [("prompt", []), ("max_tokens", 0), ("model", "nobody"), ("prompt", [10**6]), ("top_p", 7)]
 
 
@@ -124,7 +122,7 @@ async def test_memory_stays_flat_over_thousands_of_requests(load: Load) -> None:
         for name in sizes[-1]:
             second = median(size[name] for size in sizes[quarter : 2 * quarter])
             last = median(size[name] for size in sizes[-quarter:])
-            assert last - second < max(FLAT * second, NOISE), f"{name} grew from {second / 2**20:.1f} to {last / 2**20:.1f} MiB"
+            assert last < (1 + FLAT) * second, f"{name} grew from {second / 2**20:.1f} to {last / 2**20:.1f} MiB"
 
 
 async def _request(running: Running, load: Load, chance: random.Random) -> None:
