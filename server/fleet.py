@@ -145,7 +145,7 @@ Down = Fleet | Outcome | Status
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
-    """An HTTP process is there and wants to know the fleet."""
+    """An HTTP process is there and wants to know the fleet, before it listens."""
 
     name: str
     """`http-0`, `http-1`, ..."""
@@ -173,7 +173,7 @@ class Command(msgspec.Struct, frozen=True, tag=True):
 
 
 class Counts(msgspec.Struct, frozen=True, tag=True):
-    """An HTTP process's own counters, as they stand now."""
+    """An HTTP process's own counters, as they stand now; the first ones also say that it listens."""
 
     samples: tuple[Sample, ...]
 

@@ -85,17 +85,20 @@ async def _serve(settings: Settings, access: Access, tls: ssl.SSLContext | None)
     runner = app.runner(app.build(service, access))
     await runner.setup()
     calm_collector()
-    counting = asyncio.create_task(_count(control, metrics))
+    counting: asyncio.Task[None] | None = None
     try:
-        await _listen(runner, settings, tls)
         control.join(settings.name)
+        await _either(roster.known, hurry)  # A request that came earlier would be told of no models.
+        await _listen(runner, settings, tls)
+        counting = asyncio.create_task(_count(control, metrics))
         await _either(roster.draining, hurry)
         service.draining = True
         for site in list(runner.sites):
             await site.stop()
         await _drain(service, settings.drain_seconds, hurry)
     finally:
-        counting.cancel()
+        if counting is not None:
+            counting.cancel()
         await runner.cleanup()
         roster.close()
         with suppress(Exception):  # The supervisor may be gone.

@@ -11,7 +11,7 @@ from server.process import ChildProcess, ServeError
 HOPELESS = 2
 """The exit code of an HTTP process that cannot start and would not a second time; it has said why on stderr."""
 BACK_OFF_SECONDS = (0.1, 0.5, 2.0, 5.0)
-"""Before the first, second, ... start after one that died; again from the first after one that had joined."""
+"""Before the first, second, ... start after one that died; again from the first after one that had listened."""
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Front:
     """Keeps one HTTP process alive until it is stopped."""
 
     def __init__(self, name: str, command: Sequence[str], ended: Callable[[], bool]) -> None:
-        """`ended` is called when a process has ended, and says whether it had joined the fleet."""
+        """`ended` is called when a process has ended, and says whether it had come to listen."""
         self.name = name
         self.restarts = 0
         self.stopping = False
@@ -44,12 +44,12 @@ class Front:
         failures = 0
         try:
             while not self.stopping:
-                code, joined = await self._live()
+                code, listened = await self._live()
                 if self._told_to_stop():
                     return
-                if code == HOPELESS and not joined:
+                if code == HOPELESS and not listened:
                     raise ServeError("the HTTP process cannot start; it has said why")
-                failures = 0 if joined else failures + 1
+                failures = 0 if listened else failures + 1
                 pause = BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS) - 1)]
                 log.error("%s ended with code %d; a new one starts in %.1f s", self.name, code, pause)
                 await asyncio.sleep(pause)
@@ -66,7 +66,7 @@ class Front:
         return self.stopping
 
     async def _live(self) -> tuple[int, bool]:
-        """One process to its end: its exit code, and whether it had joined."""
+        """One process to its end: its exit code, and whether it had come to listen."""
         with ChildProcess(self._command) as process:
             self._process = process
             try:

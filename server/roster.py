@@ -100,6 +100,8 @@ class Roster:
         self._version = 0
         self._changed = asyncio.Event()
         self._telling: asyncio.TimerHandle | None = None
+        self.known = asyncio.Event()
+        """Set once there has been a Fleet."""
         self.draining = asyncio.Event()
         """Set when the server is to stop."""
 
@@ -114,6 +116,7 @@ class Roster:
             self._follow(deployment)
         for id_ in self._deployed.keys() - {deployment.id for deployment in state.deployments}:
             self._forget(self._deployed.pop(id_))
+        self.known.set()
         if state.draining:
             self.draining.set()
         self._wake()

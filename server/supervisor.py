@@ -51,6 +51,8 @@ class _Joined:
     heard: float
     """time.monotonic() at its last message; it sends one a second."""
     demand: Demand | None = None
+    listening: bool = False
+    """It takes connections: what it counts then, it tells."""
 
 
 class Supervisor:
@@ -130,8 +132,12 @@ class Supervisor:
                     self._models.note_use(message)
                     self._poke()
             case Counts(samples):
-                if owner in self._joined:
+                joined = self._joined.get(owner)
+                if joined is not None:
                     self._totals.take(owner, samples)
+                    if not joined.listening:
+                        joined.listening = True
+                        self._poke()
             case Command():
                 task = asyncio.create_task(self._obey(owner, message))
                 self._obeying.add(task)
@@ -185,7 +191,7 @@ class Supervisor:
         if self._announced or self._draining:
             return
         ready = next((each for each in self._models.serving if each.ready), None)
-        if ready is not None and len(self._joined) == self._plan.fronts:
+        if ready is not None and sum(joined.listening for joined in self._joined.values()) == self._plan.fronts:
             self._announced = True
             log.info("ready at %s with %s", self._plan.url, ready)
             log.info(
@@ -242,10 +248,10 @@ class Supervisor:
 
     def _front(self, name: str, address: str) -> Front:
         def ended() -> bool:
-            owners = [owner for owner, joined in self._joined.items() if joined.name == name]
-            for owner in owners:
+            mine = {owner: joined for owner, joined in self._joined.items() if joined.name == name}
+            for owner in mine:
                 self._leave(owner)
-            return bool(owners)
+            return any(joined.listening for joined in mine.values())
 
         return Front(name, self._plan.front(name, address), ended)
 

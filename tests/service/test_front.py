@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import socket
 import stat
 from pathlib import Path
 
@@ -71,3 +72,21 @@ async def test_a_request_names_itself_in_every_answer(engines: Path) -> None:
             assert response.headers["X-Request-Id"] == "mine"
         async with aiohttp.ClientSession() as other, other.get(f"{running.url}/v1/models") as response:
             assert [model["id"] for model in (await response.json())["data"]] == ["alpha", "beta", "gamma"]
+
+
+async def test_the_first_answer_of_all_knows_the_models(engines: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    async def first() -> list[str]:
+        async with aiohttp.ClientSession() as http:
+            while True:
+                try:
+                    async with http.get(f"http://127.0.0.1:{port}/v1/models") as response:
+                        return [model["id"] for model in (await response.json())["data"]]
+                except aiohttp.ClientError:
+                    await asyncio.sleep(0.001)
+
+    asking = asyncio.create_task(first())
+    async with serve(engines, "--model=beta", f"--port={port}"):
+        assert await asking == ["beta", "alpha", "gamma"]
