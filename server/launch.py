@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from runtime import devices
-from runtime.bundle import BundleError, Variant
+from runtime.bundle import MANIFEST, BundleError, Variant
 from runtime.devices import LOGIT_ROWS, WORKSPACE, DeviceError
 from runtime.footprint import footprint
 from server.catalog import Catalog, Entry
@@ -182,6 +182,4 @@ def bytes_of(text: str) -> int:
 
 def named(models: Sequence[str]) -> list[Path]:
     """Those of `models` that are folders of bundles rather than names."""
-    from runtime.bundle import MANIFEST
-
     return [Path(model) for model in models if (Path(model) / MANIFEST).is_file()]

@@ -130,7 +130,7 @@ class Models:
         return Offer(name, state, entry.bundle.created, min(context or longest, longest), name in self._rules.preload, reason)
 
     def _state(self, name: str) -> ModelState:
-        mine = [deployment for deployment in self.serving if deployment.name == name]
+        mine = self.of(name)
         wish = self.wishes.get(name)
         if any(deployment.ready for deployment in mine):
             return "ready"
