@@ -32,15 +32,15 @@ from runtime.bundle import Bundle, BundleError, Variant
 from runtime.messages import Ready
 from runtime.text import Text
 from server import app, files
-from server import status as describe
 from server.engine_client import EngineClient
 from server.fleet import Action, Outcome, Status
 from server.front import calm_collector
 from server.metrics import Metrics
-from server.process import EngineProcess
 from server.roster import Roster
 from server.served import Served
 from server.service import Service
+from server.supervision import status as describe
+from server.supervision.process import EngineProcess
 
 WORDS = " time year people way day man thing woman life child world school state family student group country problem"
 """Of the prompt and the answer: each token of these is text that can be sent at once."""

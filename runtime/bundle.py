@@ -12,13 +12,19 @@ from typing import Literal
 
 import msgspec
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 
 Target = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
+Task = Literal["text-generation", "feature-extraction"]
+"""What a model is for, by the Hub's names: answers, or embeddings."""
+ToolFormat = Literal["hermes", "llama3", "mistral", "phi"]
+"""How a model writes the calls of tools; see `server.tools`."""
+Pooling = Literal["mean", "last", "cls"]
+"""How the hidden states of a text's tokens become its embedding."""
 DEVICE_TARGETS: dict[str, tuple[Target, ...]] = {"cpu": ("cpu",), "cuda": ("tensorrt", "tensorrt-rtx", "cuda")}
 """By a device's kind: the targets whose variants run on it, the ones that are taken first in front."""
 
@@ -168,6 +174,11 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
     variants: tuple[Variant, ...]
     created: int
     """Seconds since the epoch."""
+    task: Task = "text-generation"
+    tools: ToolFormat | None = None
+    """None where the model was not made for tools."""
+    pooling: Pooling | None = None
+    """Of a model for embeddings."""
 
     @cached_property
     def by_name(self) -> dict[str, Variant]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 3
+PROTOCOL = 4
 HEARTBEAT_SECONDS = 1.0
 """A worker sends a `Heartbeat` to each attached front end at least this often, also while it is idle."""
 
@@ -20,8 +20,12 @@ PRIORITIES = range(-100, 101)
 Finish = Literal["stop", "length", "cancelled", "error", "timeout"]
 
 
+MOST_ALTERNATIVES = 20
+"""What `Generate.top_logprobs` may be at most."""
+
+
 class Sampling(msgspec.Struct, frozen=True):
-    """How a row's next token is chosen, in this order: temperature, top-k, top-p, min-p."""
+    """How a row's next token is chosen, in this order: constraint, bias, penalties, temperature, top-k, top-p, min-p."""
 
     temperature: float = 0.0
     """0 takes the most likely token (greedy); the others then have no effect."""
@@ -34,6 +38,23 @@ class Sampling(msgspec.Struct, frozen=True):
     seed: int = 0
     """The same seed and prompt give the same tokens, as far as the engine's numbers do not depend on who shares the batch.
     Below 2**63."""
+    logit_bias: dict[int, float] = {}
+    """Added to the logits of these tokens."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit once for each time that the answer has it already."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that the answer has already."""
+    repetition_penalty: float = 1.0
+    """Divides the logit of each token that prompt or answer have already, or multiplies it where it is negative (Keskar et al.,
+    "CTRL", 2019); above 0, and 1 changes nothing."""
+
+
+class Constraint(msgspec.Struct, frozen=True):
+    """What an answer must be: only tokens are chosen with which it still can become that, and it ends once it is."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    source: str
+    """The schema as JSON, the regular expression (Rust's, matched as a whole), or the grammar in llguidance's Lark."""
 
 
 # Front end -> worker -----------------------------------------------------------------------------------------------
@@ -55,6 +76,13 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     sampling: Sampling = Sampling()
     stop_ids: list[int] = []
     """Tokens that end the answer; the one that does is not part of it."""
+    min_tokens: int = 0
+    """Until the answer has this many tokens, none of `stop_ids` is chosen."""
+    top_logprobs: int = 0
+    """How many of the most likely tokens are told with each one, up to `MOST_ALTERNATIVES`."""
+    prompt_logprobs: bool = False
+    """Score the prompt's tokens, too; no prompt token is then taken from a slot instead of being computed."""
+    constraint: Constraint | None = None
     speculation: bool = True
     """Guess tokens and verify several in one step where that is faster."""
     prediction: list[int] = []
@@ -116,6 +144,19 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens whose keys and values were reused instead of computed."""
     message: str = ""
     """With finish "error": what happened; with "timeout": which limit was reached, and how long it waited."""
+    tops: list[list[tuple[int, float]]] = []
+    """For each of `tokens` the `top_logprobs` most likely tokens and their log-probabilities, likeliest first; `[]` where none
+    are wanted."""
+    prompt: list["Scored"] = []
+    """With `prompt_logprobs`, in a request's first row: the prompt's tokens from the second on."""
+
+
+class Scored(msgspec.Struct, frozen=True, array_like=True):
+    """A prompt's token under the model's unscaled distribution."""
+
+    logprob: float
+    tops: list[tuple[int, float]]
+    """The `top_logprobs` most likely tokens in its place, likeliest first."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

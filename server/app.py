@@ -8,14 +8,15 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from runtime import logs
-from server import admin, cors, generate, journal, openai, openapi
+from server import cors, journal
 from server.access import ACCESS, CLIENT, Access, Client, identify
-from server.bodies import MAX_BODY
+from server.api import admin, generate, openai, openapi
+from server.api.bodies import MAX_BODY
+from server.api.streaming import CLIENT_GONE
 from server.errors import ApiError
 from server.journal import STATUS
 from server.metrics import CONTENT_TYPE
 from server.service import SERVICE, Service
-from server.streaming import CLIENT_GONE
 
 log = logging.getLogger(__name__)
 http_log = logging.getLogger(f"{__name__}.http")

@@ -21,13 +21,13 @@ from server.access import Access
 from server.control import Control
 from server.doors import Doors, Settings
 from server.fleet import Counts, Status
-from server.fronts import HOPELESS
 from server.keys import Keys
 from server.listen import ListenError
 from server.metrics import Metrics
-from server.process import ServeError
 from server.roster import Roster
 from server.service import Service
+from server.supervision.fronts import HOPELESS
+from server.supervision.process import ServeError
 from server.tls import ssl_context
 
 COUNT_SECONDS = 1.0

@@ -8,7 +8,7 @@ import msgspec
 
 from runtime.messages import Row, Sampling
 from runtime.text import TextStream
-from server.bodies import GenerationBody
+from server.api.bodies import GenerationBody
 from server.engine_client import (
     EngineUnavailableError,
     RequestFailedError,

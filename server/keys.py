@@ -23,7 +23,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from server.process import ServeError
+from server.supervision.process import ServeError
 
 LEAST_PRIORITY, MOST_PRIORITY = -100, 100
 """The range of priorities; a smaller one is served sooner."""

@@ -2,7 +2,7 @@
 
 import socket
 
-from server.process import ServeError
+from server.supervision.process import ServeError
 
 
 class ListenError(ServeError):

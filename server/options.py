@@ -6,7 +6,7 @@ from pathlib import Path
 from runtime import devices, logs
 from runtime.devices import Device, DeviceError
 from server import settings
-from server.launch import CONTEXT, CPU_SHARE, CPU_SLOTS, bytes_of
+from server.supervision.launch import CONTEXT, CPU_SHARE, CPU_SLOTS, bytes_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -13,14 +13,15 @@ import msgspec
 from runtime import devices, logs
 from runtime.bundle import BundleError
 from runtime.devices import DeviceError
-from server import fronts, listen
-from server.catalog import Catalog, Entry
+from server import listen
 from server.doors import Doors, Limits, Settings
-from server.launch import Common, ModelOptions, named, seats
-from server.models import Rules
 from server.options import configure
-from server.process import ServeError
-from server.supervisor import Plan, Supervisor
+from server.supervision import fronts
+from server.supervision.catalog import Catalog, Entry
+from server.supervision.launch import Common, ModelOptions, named, seats
+from server.supervision.models import Rules
+from server.supervision.process import ServeError
+from server.supervision.supervisor import Plan, Supervisor
 
 __all__ = ["common", "configure", "doors", "plan", "run"]
 

@@ -11,8 +11,8 @@ from runtime.bundle import Bundle, Variant
 from runtime.messages import Generate, Ready
 from runtime.text import Text, TextError
 from server.access import CLIENT
+from server.api.bodies import GenerationBody, Message
 from server.attempts import Attempts
-from server.bodies import GenerationBody, Message
 from server.doors import Limits
 from server.engine_client import EngineClient, EngineUnavailableError
 from server.errors import bad_request, unavailable

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from server.launch import ModelOptions
+from server.supervision.launch import ModelOptions
 
 
 class FromToml(argparse.Action):

@@ -4,7 +4,7 @@ import ssl
 from pathlib import Path
 from typing import NoReturn
 
-from server.process import ServeError
+from server.supervision.process import ServeError
 
 
 class TlsError(ServeError):

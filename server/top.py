@@ -16,7 +16,7 @@ from rich.text import Text
 from yarl import URL
 
 from server import client_key
-from server.admin import ServerStatus
+from server.api.admin import ServerStatus
 from server.errors import ErrorBody
 from server.fleet import Engine
 

@@ -24,8 +24,8 @@ from schemathesis.specs.openapi.checks import (
 
 from export.recipe import Build
 from server import keys
-from server.generate import NDJSON
-from server.openapi import SSE, document
+from server.api.generate import NDJSON
+from server.api.openapi import SSE, document
 from tests import tiny
 from tests.e2e.conftest import Server, serving
 

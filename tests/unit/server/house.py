@@ -13,13 +13,13 @@ from runtime.bundle import Bundle
 from runtime.messages import Generate
 from runtime.text import Text
 from server import app
-from server import status as describe
 from server.fleet import Action, Outcome, Status
 from server.metrics import Metrics
 from server.replicas import Replica
 from server.roster import Roster
 from server.served import Served
 from server.service import Service
+from server.supervision import status as describe
 from tests.unit.server.scripted import Attached, ScriptedWorker
 
 

@@ -15,10 +15,10 @@ import engineshed
 from runtime.bundle import MANIFEST, Bundle, BundleError, Perplexity, Verification
 from runtime.messages import Cancel, Generate
 from server import serve
-from server.catalog import Catalog
 from server.chat import ChatError, Conversation
-from server.process import ServeError
-from server.supervisor import Plan
+from server.supervision.catalog import Catalog
+from server.supervision.process import ServeError
+from server.supervision.supervisor import Plan
 from tests.unit.server.house import House
 
 

@@ -20,7 +20,7 @@ from runtime.bundle import Bundle
 from runtime.text import Text
 from server import files
 from server.engine_client import PENDING_TOKENS
-from server.process import EngineProcess
+from server.supervision.process import EngineProcess
 
 IDLE, STREAMS, TOKENS = 1000, 200, 60
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"

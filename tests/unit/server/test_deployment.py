@@ -16,12 +16,12 @@ from runtime.bundle import Bundle
 from runtime.devices import Device
 from runtime.messages import Ready
 from runtime.text import Text
-from server import workers
-from server.catalog import Entry
-from server.deployment import Deployment
-from server.launch import Launch
-from server.placement import Seat
-from server.workers import Worker
+from server.supervision import workers
+from server.supervision.catalog import Entry
+from server.supervision.deployment import Deployment
+from server.supervision.launch import Launch
+from server.supervision.placement import Seat
+from server.supervision.workers import Worker
 from tests.unit.server.house import service_for, serving
 
 SCRIPT = [sys.executable, "-P", "-m", "tests.unit.server.scripted_process"]

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 
 from runtime.messages import Cancel, Generate, Progress, Row
-from server import attempts, streaming
+from server import attempts
+from server.api import streaming
 from server.doors import Limits
 from server.engine_client import PENDING_TOKENS, EngineClient, EngineUnavailableError
 from tests.unit.server.house import House

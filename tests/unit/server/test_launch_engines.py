@@ -10,8 +10,8 @@ from runtime import devices
 from runtime.bundle import Bundle, BundleError, Plan, Variant
 from runtime.devices import Device, DeviceError, Gpu
 from server import serve
-from server.catalog import Catalog, Entry
-from server.launch import Launch, bytes_of, launches, seats
+from server.supervision.catalog import Catalog, Entry
+from server.supervision.launch import Launch, bytes_of, launches, seats
 
 GPU = Gpu(0, "GPU-0", "H100", "9.0", 80 << 30, 80 << 30, "580.95.05", "13.0")
 

@@ -5,8 +5,8 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator, validate
 
 from server import app
-from server.bodies import ChatBody, CompletionBody, GenerateBody
-from server.openapi import OPERATIONS, Schema, document
+from server.api.bodies import ChatBody, CompletionBody, GenerateBody
+from server.api.openapi import OPERATIONS, Schema, document
 from tests.unit.server.house import House
 
 

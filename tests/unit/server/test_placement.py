@@ -3,7 +3,7 @@
 import pytest
 
 from runtime.devices import Device
-from server.placement import DoesNotFitError, Occupant, Placement, Seat, crowded, place
+from server.supervision.placement import DoesNotFitError, Occupant, Placement, Seat, crowded, place
 
 LEFT, RIGHT = Seat("cpu#1", Device("cpu"), 100), Seat("cpu#2", Device("cpu"), 60)
 WHY = {"cpu#1": "40 x 1", "cpu#2": "40 x 1"}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from runtime.messages import Generate
-from server.bodies import MAX_BODY
+from server.api.bodies import MAX_BODY
 from tests.unit.server.house import House
 
 CHAT = "/v1/chat/completions"

@@ -11,10 +11,10 @@ import pytest
 from runtime.bundle import Bundle
 from runtime.messages import Generate, Row
 from runtime.text import Text
-from server import workers
 from server.engine_client import Answer, EngineClient, EngineUnavailableError
-from server.process import EngineProcess, ServeError
-from server.workers import Worker, WorkerHopelessError
+from server.supervision import workers
+from server.supervision.process import EngineProcess, ServeError
+from server.supervision.workers import Worker, WorkerHopelessError
 from tests.unit.server.house import service_for, serving
 
 SCRIPT = [sys.executable, "-P", "-m", "tests.unit.server.scripted_process"]

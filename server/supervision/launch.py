@@ -12,9 +12,9 @@ from runtime import devices
 from runtime.bundle import MANIFEST, BundleError, Variant
 from runtime.devices import LOGIT_ROWS, WORKSPACE, DeviceError
 from runtime.footprint import footprint
-from server.catalog import Catalog, Entry
-from server.placement import Seat
-from server.process import command
+from server.supervision.catalog import Catalog, Entry
+from server.supervision.placement import Seat
+from server.supervision.process import command
 
 CONTEXT = 4096
 """Tokens a slot holds unless the model has fewer or somebody says otherwise: memory grows with it."""

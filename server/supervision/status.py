@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 import psutil
 
 from server import fleet
-from server.deployment import Deployment
 from server.engine_client import EngineClient
 from server.fleet import WorkerState
-from server.fronts import Front
-from server.placement import Seat
+from server.supervision.deployment import Deployment
+from server.supervision.fronts import Front
+from server.supervision.placement import Seat
 
 
 def engine(

@@ -13,11 +13,11 @@ import msgspec
 from aiohttp import web
 
 from server.access import METRICS, OPEN
-from server.admin import ModelStatus, ServerStatus
-from server.answers import ChatChunk, ChatCompletion, Completion, Model, ModelList
-from server.bodies import MAX_BODY, ChatBody, CompletionBody, GenerateBody
+from server.api.admin import ModelStatus, ServerStatus
+from server.api.answers import ChatChunk, ChatCompletion, Completion, Model, ModelList
+from server.api.bodies import MAX_BODY, ChatBody, CompletionBody, GenerateBody
+from server.api.generate import NDJSON, LastLine, Line
 from server.errors import ErrorBody
-from server.generate import NDJSON, LastLine, Line
 from server.journal import HEADER
 
 VERSION = "1"

@@ -1,7 +1,7 @@
 """The supervisor: every process of the server from its start to its end, and what each is told.
 
-It never sees a prompt or a token. HTTP processes say what they need and what they hold (`server.fleet.Demand`); `server.models`
-decides which engines run so that it can be had; the supervisor tells everybody how things stand.
+It never sees a prompt or a token. HTTP processes say what they need and what they hold (`server.fleet.Demand`);
+`server.supervision.models` decides which engines run so that it can be had; the supervisor tells everybody how things stand.
 """
 
 import asyncio
@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import zmq
 import zmq.asyncio
 
-from server import counts, fleet, status
-from server.commands import Commands
+from server import fleet
 from server.fleet import Ask, Command, Counts, Demand, Fleet, Join, Outcome, Status
-from server.fronts import Front
-from server.models import Models, Rules
-from server.process import ServeError, SocketFolder
+from server.supervision import counts, status
+from server.supervision.commands import Commands
+from server.supervision.fronts import Front
+from server.supervision.models import Models, Rules
+from server.supervision.process import ServeError, SocketFolder
 
 TICK_SECONDS = 1.0
 """How often it looks at what nobody tells it: the clock, and the engines' folder."""

@@ -10,7 +10,7 @@ from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from server import fleet
-from server.answers import (
+from server.api.answers import (
     AssistantMessage,
     ChatChoice,
     ChatChunk,
@@ -24,12 +24,12 @@ from server.answers import (
     Model,
     ModelList,
 )
-from server.bodies import ChatBody, CompletionBody, OpenAIBody, read
+from server.api.bodies import ChatBody, CompletionBody, OpenAIBody, read
+from server.api.streaming import send
 from server.errors import ApiError, bad_request
 from server.generation import Generation, Piece, Usage
 from server.served import Served
 from server.service import SERVICE, Service
-from server.streaming import send
 
 DONE = b"data: [DONE]\n\n"
 

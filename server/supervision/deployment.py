@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from server import fleet
-from server.catalog import Entry
-from server.launch import Launch
-from server.placement import Occupant
-from server.process import ServeError
-from server.workers import Worker
+from server.supervision.catalog import Entry
+from server.supervision.launch import Launch
+from server.supervision.placement import Occupant
+from server.supervision.process import ServeError
+from server.supervision.workers import Worker
 
 log = logging.getLogger(__name__)
 

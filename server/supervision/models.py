@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from runtime.bundle import BundleError
 from runtime.devices import DeviceError
-from server.catalog import Catalog, Entry
-from server.deployment import Deployment
 from server.fleet import Demand, ModelState, Offer
-from server.launch import Common, Launch, launches
-from server.placement import DoesNotFitError, Seat, crowded, free, place
-from server.process import ServeError
+from server.supervision.catalog import Catalog, Entry
+from server.supervision.deployment import Deployment
+from server.supervision.launch import Common, Launch, launches
+from server.supervision.placement import DoesNotFitError, Seat, crowded, free, place
+from server.supervision.process import ServeError
 
 PATIENCE_SECONDS = 5.0
 """How long a model waits for idle ones to make room. Then the one that has been loaded for longest takes no new requests and

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from server.process import ChildProcess, ServeError
+from server.supervision.process import ChildProcess, ServeError
 
 HOPELESS = 2
 """The exit code of an HTTP process that cannot start and would not a second time; it has said why on stderr."""

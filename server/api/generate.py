@@ -3,11 +3,11 @@
 import msgspec
 from aiohttp import web
 
-from server.bodies import GenerateBody, read
+from server.api.bodies import GenerateBody, read
+from server.api.streaming import Form, send
 from server.errors import ApiError
 from server.generation import FinishReason, Generation, Piece, Usage
 from server.service import SERVICE
-from server.streaming import Form, send
 
 NDJSON = "application/x-ndjson"
 

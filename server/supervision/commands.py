@@ -3,11 +3,11 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-from server.catalog import Catalog, Entry
-from server.deployment import Deployment
 from server.fleet import Command
-from server.models import Models
-from server.process import ServeError
+from server.supervision.catalog import Catalog, Entry
+from server.supervision.deployment import Deployment
+from server.supervision.models import Models
+from server.supervision.process import ServeError
 
 
 class Commands:

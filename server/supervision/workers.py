@@ -11,7 +11,7 @@ from typing import Any, NoReturn, Self
 from runtime.messages import HEARTBEAT_SECONDS, Ready
 from server.engine_client import EngineClient, EngineUnavailableError
 from server.fleet import WorkerState
-from server.process import EngineProcess, ServeError
+from server.supervision.process import EngineProcess, ServeError
 
 SILENCE_SECONDS = 60 * HEARTBEAT_SECONDS
 """A worker from which nothing comes for so long is taken for dead."""
