@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from aiohttp import hdrs, web
+from aiohttp import web
 
 INDEX, DOCS, ICON = "/", "/docs", "/favicon.svg"
 FILES = "/page/{file}"
