@@ -11,7 +11,7 @@ where the model means that character, and raises where a prefix changes.
 
 import codecs
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import jinja2
 from tokenizers import Tokenizer
 
 from runtime.bundle import TEMPLATE, TOKENIZER, Bundle, BundleError
-from runtime.template import ChatTemplate, TemplateError
+from runtime.template import ChatTemplate, Shape, TemplateError
 
 
 class TextError(Exception):
@@ -51,6 +51,11 @@ class Text:
         """Whether `chat` can work."""
         return self._template is not None
 
+    @property
+    def shape(self) -> Shape:
+        """What the chat template takes."""
+        return Shape() if self._template is None else self._template.shape
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The tokens of `text`; with `special`, also those that the model expects around a text, such as BOS.
 
@@ -70,26 +75,45 @@ class Text:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The tokens of a conversation, laid out by the model's chat template; raises TextError.
 
         The template spells out every special token itself, so none is added. Those that a message spells out become tokens
-        too, as transformers does by default: a client can end its own turn early and write the next one.
+        too, as transformers does by default: a client can end its own turn early and write the next one. The rest is
+        `ChatTemplate.render`'s.
         """
         if self._template is None:
             raise TextError("this model has no chat template; send its prompt to /v1/completions instead")
         try:
-            prompt = self._template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+            prompt = self._template.render(
+                messages,
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                options=options,
+            )
         except TemplateError as error:
             raise TextError(str(error)) from error
         return self.encode(prompt, special=False)
 
-    def stream(self, stop: Sequence[str] = ()) -> "TextStream":
-        """A detokenizer for one answer, which ends before the first of the strings in `stop`; raises TextError."""
+    def stream(self, stop: Sequence[str] = (), keep: Collection[str] = ()) -> "TextStream":
+        """A detokenizer for one answer, which ends before the first of the strings in `stop`; raises TextError.
+
+        Special tokens are no text, save for those in `keep`.
+        """
         if not all(stop):
             raise TextError("a stop string is empty; leave it out")
-        return TextStream(self._pieces, stop)
+        return TextStream(self._pieces, stop, frozenset(id for token in keep if (id := self.special_id(token)) is not None))
+
+    def special_id(self, token: str) -> int | None:
+        """The id of the special token that is spelled `token`; None where there is none, or where it is text."""
+        id = self._tokenizer.token_to_id(token)
+        return id if id in self._pieces.special else None
 
     def token_text(self, id: int) -> str:
         """What the token adds to a text; special tokens spelled out, bytes that are no whole character as U+FFFD."""
@@ -106,9 +130,10 @@ class TextStream:
     stopped: bool
     """A stop string is complete: the text before it has been returned and there will be no more."""
 
-    def __init__(self, pieces: "_Pieces", stop: Sequence[str]) -> None:
+    def __init__(self, pieces: "_Pieces", stop: Sequence[str], keep: frozenset[int] = frozenset()) -> None:
         self.stopped = False
         self._pieces = pieces
+        self._keep = keep
         self._first = True
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = [_Stop(text) for text in stop]
@@ -135,6 +160,9 @@ class TextStream:
         return text
 
     def _piece(self, id: int) -> bytes:
+        if id in self._keep:
+            self._first = False
+            return self._pieces.spelled(id)
         if not self._first:
             return self._pieces.later(id)
         piece = self._pieces.first(id)
@@ -197,20 +225,20 @@ class _Pieces:
         # The decoder is asked rather than its configuration, in which a sequence may nest it anywhere.
         self._byte_level = self._decode(["Ã", "©"]) == "é"
         self._byte_fallback = self._decode(["<0xC3>", "<0xA9>"]) == "é"
-        self._special = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        self.special = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
         self._later: dict[int, bytes] = {}
 
     def later(self, id: int) -> bytes:
         """What the token adds behind others: nothing if it is special or unknown."""
         piece = self._later.get(id)
         if piece is None:
-            piece = self._later[id] = b"" if id in self._special else self.spelled(id)
+            piece = self._later[id] = b"" if id in self.special else self.spelled(id)
         return piece
 
     def first(self, id: int) -> bytes | None:
         """What the token adds as the first of a text; None if it adds nothing anywhere, so that the next is the first."""
         token = self._tokenizer.id_to_token(id)
-        if token is None or id in self._special:
+        if token is None or id in self.special:
             return None
         alone = self._decode([token])
         return (self._raw(token) or alone.encode()) if alone else b""

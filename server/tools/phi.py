@@ -1,0 +1,42 @@
+"""Phi-4-mini: a list of calls between `<|tool_call|>` and `<|/tool_call|>`, or behind `functools` where it is told so."""
+
+from collections.abc import Collection, Sequence
+
+from server.tools.calls import Call
+from server.tools.format import Format, literal
+from server.tools.reading import FalseStartError, Reader, Steps
+
+OPEN, CLOSE = "<|tool_call|>", "<|/tool_call|>"
+FUNCTOOLS = "functools"
+
+
+class Phi(Format):
+    """`<|tool_call|>[{"name": ..., "arguments": {...}}, ...]<|/tool_call|>` or `functools[{...}, ...]`; both are read."""
+
+    special = frozenset({OPEN, CLOSE})
+
+    def render(self, calls: Sequence[Call]) -> str:
+        """See `Format`."""
+        listed = ", ".join(f'{{"name": "{call.name}", "arguments": {call.arguments}}}' for call in calls)
+        return f"{OPEN}[{listed}]{CLOSE}"
+
+    def _script(self, reader: Reader, names: Collection[str] | None) -> Steps:
+        while mark := (yield from reader.content_to(OPEN, FUNCTOOLS)):
+            try:
+                if mark == OPEN and (yield from reader.peek()) == "{":
+                    yield from reader.call()
+                else:
+                    yield from reader.calls_in_list()
+            except FalseStartError:
+                reader.give_back(mark)
+                continue
+            if mark == OPEN:
+                yield from reader.closing(CLOSE)
+
+    def _answer(self, call: str, several: bool) -> str:
+        more = f' (", " {call})*' if several else ""
+        return f'{self._mark(OPEN)} "[" {call}{more} "]" {self._mark(CLOSE)}'
+
+    def _call(self, name: str, arguments: str) -> str:
+        beginning = literal(f'{{"name": "{name}", "arguments": ')
+        return f"{beginning} {arguments} {literal('}')}"
