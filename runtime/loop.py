@@ -6,21 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import msgspec
 import numpy as np
 
 from runtime import tally
 from runtime.draft import Drafter
 from runtime.engine import Batch, DeviceLost, Draw, Engine
-from runtime.messages import PRIORITIES, Finish, Generate, Refused, Row
+from runtime.messages import PRIORITIES, Finish, Generate, Refused, Row, Scored
 from runtime.pace import Pace
+from runtime.penalties import Penalties
 from runtime.queue import Deadlines, Queue
-from runtime.sampling import draw
+from runtime.sampling import UNKNOWN, Place, draw, flaw
 from runtime.sequence import Sequence
 from runtime.slots import Slots
 from runtime.speculation import Lookup, Plan, worthwhile
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Tops = list[tuple[int, float]]
+"""The most likely tokens in one place and their log-probabilities, likeliest first; none where none are wanted."""
 
 BUDGET_CHUNKS = 2
 """Steps full of prompt tokens after which the running streams get their next token, at most."""
@@ -28,6 +32,8 @@ QUEUE_FILLS = 8
 """How often the tokens that may wait by default would fill every slot to its end. Whoever is last then waits for about as many
 tokens a slot with one slot as with 64, whereas the same number for both would be hours for the one and nothing for the other.
 With 8 slots it is what 64 requests can come to at most, which is how many may wait by default."""
+SCORED_CHUNK = 64
+"""Prompt tokens of a step that scores them: every engine that takes so many has room for their logits."""
 _TILE = 16
 
 
@@ -79,6 +85,10 @@ class Counters:
         self.decode_steps += 1
         self.rows += rows
         tally.observe(self.batch_counts, tally.BATCH_ROWS, rows)
+
+
+_NOTHING = Row("", [], [])
+"""No tokens."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +198,9 @@ class Loop:
             return Refused(request.id, "bad request", message)
         if not (request.queue_seconds >= 0 and request.total_seconds >= 0):  # of NaN neither is true
             return Refused(request.id, "bad request", "queue_seconds and total_seconds are 0, for no limit, or more")
+        unsound = flaw(request, self.engine.vocab_size)
+        if unsound is not None:
+            return Refused(request.id, "bad request", unsound)
         if sequence.key in self._by_key:
             return Refused(request.id, "bad request", f"request {request.id!r} is running already")
         full = self._full(sequence.most(context))
@@ -236,13 +249,16 @@ class Loop:
                 self._start(self._waiting.pop())
             sequence = self.slots.prefilling
             assert sequence is not None
-            chunk = _chunk(sequence.prompt_left, min(max(budget, _TILE), self.engine.chunk))
+            most = min(self.engine.chunk, SCORED_CHUNK) if sequence.request.prompt_logprobs else self.engine.chunk
+            chunk = _chunk(sequence.prompt_left, min(max(budget, _TILE), most))
             budget -= chunk
             news += self._prefill_chunk(sequence, chunk)
         return news
 
     def _start(self, sequence: Sequence) -> None:
         self.slots.start(sequence)
+        if Penalties.wanted(sequence.request):
+            sequence.penalties = Penalties(sequence.request, self.engine.vocab_size)
         sequence.started = self._clock()
         self.counters.waited(sequence.started - sequence.arrived)
         self.counters.cached_tokens += sequence.cached
@@ -250,17 +266,27 @@ class Loop:
     def _prefill_chunk(self, sequence: Sequence, size: int) -> list[News]:
         end = sequence.computed + size
         last = end == len(sequence.prompt)
+        places = [Place(sequence)] if last else []
+        if sequence.request.prompt_logprobs:
+            places = [
+                Place(sequence, forced=token) for token in sequence.prompt[sequence.computed + 1 : end + 1].tolist()
+            ] + places
         start = time.perf_counter()
         batch = Batch(
             first_slot=sequence.slot,
             input_ids=sequence.prompt[None, sequence.computed : end],
             kv_lengths=np.array([end], np.int32),
-            logit_rows=np.array([size - 1] if last else [], np.int64),
-            draw=draw([(sequence, 0)] if last else []),
+            logit_rows=np.arange(size - len(places), size, dtype=np.int64),
+            draw=draw(places),
         )
         outcome = self._run(batch, [sequence])
         if isinstance(outcome, list):
             return outcome
+        tokens, logprobs = outcome
+        tops = self._alternatives(batch.draw, [sequence] * len(tokens))
+        if sequence.request.prompt_logprobs:
+            scored = size - last
+            sequence.scored += map(Scored, logprobs[:scored], tops[:scored])
         if self._speculates(sequence):
             self._ask_drafter(lambda drafter: drafter.read(sequence.slot, sequence.prompt[:end]))
         self._pace.prefilled(size, time.perf_counter() - start)
@@ -272,7 +298,7 @@ class Loop:
         self.slots.promote()
         if self._speculates(sequence):
             sequence.lookup = Lookup(sequence.request.prompt, sequence.request.prediction)
-        return [self._take(sequence, *outcome)]
+        return [self._take(sequence, tokens[-1:], logprobs[-1:], tops[-1:])]
 
     def _decode(self, sequences: list[Sequence]) -> list[News]:
         """The next token of `sequences`; those between their slots come along, and what is computed for them is not used."""
@@ -285,7 +311,7 @@ class Loop:
             input_ids=np.array([[s.tokens[-1]] for s in rows], np.int64),
             kv_lengths=np.array([s.length for s in rows], np.int32),
             logit_rows=np.array([s.slot for s in sequences], np.int64),
-            draw=draw([(s, 0) for s in sequences]),
+            draw=draw([Place(s) for s in sequences]),
         )
         outcome = self._run(batch, sequences, self._ahead(rows, sequences))
         if isinstance(outcome, list):
@@ -294,7 +320,8 @@ class Loop:
         self.counters.decoded(len(sequences))
         for sequence in sequences:  # before the first of them ends and others take its slot
             sequence.computed = sequence.length
-        return [self._take(sequence, [token], [logprob]) for sequence, token, logprob in zip(sequences, *outcome, strict=True)]
+        told = zip(sequences, *outcome, self._alternatives(batch.draw, sequences), strict=True)
+        return [self._take(sequence, [token], [logprob], [top]) for sequence, token, logprob, top in told]
 
     def _ahead(self, rows: list[Sequence], sequences: list[Sequence]) -> Draw | None:
         """The draws of the next decode step, where it is likely to be for the same rows; None where it is not."""
@@ -304,7 +331,9 @@ class Loop:
             return None
         if any(s.length + 1 >= self.engine.context or len(s.tokens) + 1 >= s.request.max_tokens for s in rows):
             return None
-        return draw([(s, 1) for s in rows])
+        if not all(s.foreseeable for s in rows):
+            return None
+        return draw([Place(s, (UNKNOWN,)) for s in rows])
 
     # Guesses -------------------------------------------------------------------------------------------------------
 
@@ -351,7 +380,7 @@ class Loop:
             input_ids=np.array([[sequence.tokens[-1], *guesses]], np.int64),
             kv_lengths=np.array([sequence.length + len(guesses)], np.int32),
             logit_rows=np.arange(count, dtype=np.int64),
-            draw=draw([(sequence, later) for later in range(count)]),
+            draw=draw([Place(sequence, guesses[:later]) for later in range(count)]),
         )
         outcome = self._run(batch, [sequence])
         if isinstance(outcome, list):
@@ -362,7 +391,9 @@ class Loop:
         self.counters.accepted_tokens += right
         if plan.drafted:
             sequence.judge_draft(len(guesses), right)
-        return [self._take(sequence, tokens[: right + 1], logprobs[: right + 1])]
+        told = right + 1
+        tops = self._alternatives(batch.draw, [sequence] * told)
+        return [self._take(sequence, tokens[:told], logprobs[:told], tops)]
 
     def _speculates(self, sequence: Sequence) -> bool:
         return self.speculation and sequence.request.speculation
@@ -398,26 +429,33 @@ class Loop:
         self.counters.stepped(time.perf_counter() - start)
         return tokens.tolist(), logprobs.tolist()
 
-    def _take(self, sequence: Sequence, tokens: list[int], logprobs: list[float]) -> News:
+    def _alternatives(self, draw: Draw, rows: list[Sequence]) -> list[Tops]:
+        """What the engine's last step tells of its first rows, which belong to `rows`."""
+        if not draw.alternatives:
+            return [[]] * len(rows)
+        tokens, logprobs = (array[: len(rows)].tolist() for array in self.engine.alternatives())
+        return [
+            list(zip(*pair, strict=True))[: sequence.request.top_logprobs]
+            for sequence, *pair in zip(rows, tokens, logprobs, strict=True)
+        ]
+
+    def _take(self, sequence: Sequence, tokens: list[int], logprobs: list[float], tops: list[Tops]) -> News:
         first, shown = not sequence.tokens, 0
+        tops = tops if sequence.request.top_logprobs else []
+        scored, sequence.scored = sequence.scored, []  # told once, in the first row
         for token in tokens:
             self.counters.generated_tokens += 1
             shown += sequence.accept(token, self.engine.context)
             if sequence.finish is not None:
-                return self._end(sequence, sequence.finish, tokens=tokens[:shown], logprobs=logprobs[:shown])
+                row = Row("", tokens[:shown], logprobs[:shown], tops=tops[:shown], prompt=scored)
+                return self._end(sequence, sequence.finish, row=row)
         sequence.computed = sequence.length - 1
         sequence.note(tokens)
         cached = sequence.cached if first else 0
-        return News(sequence.owner, Row(sequence.request.id, tokens, logprobs, cached=cached))
+        return News(sequence.owner, Row(sequence.request.id, tokens, logprobs, cached=cached, tops=tops, prompt=scored))
 
-    def _end(
-        self,
-        sequence: Sequence,
-        finish: Finish,
-        message: str = "",
-        tokens: list[int] | None = None,
-        logprobs: list[float] | None = None,
-    ) -> News:
+    def _end(self, sequence: Sequence, finish: Finish, message: str = "", row: Row = _NOTHING) -> News:
+        """The last row of `sequence`, with what `row` has of tokens."""
         sequence.finish = finish
         self.counters.finished += finish in ("stop", "length")
         cached = sequence.cached if len(sequence.tokens) <= 1 else 0  # told once, in the first row
@@ -427,7 +465,8 @@ class Loop:
             self.slots.release(sequence)
         else:
             self.counters.waited(self._clock() - sequence.arrived)
-        return News(sequence.owner, Row(sequence.request.id, tokens or [], logprobs or [], finish, cached, message))
+        told = msgspec.structs.replace(row, id=sequence.request.id, finish=finish, cached=cached, message=message)
+        return News(sequence.owner, told)
 
 
 def _chunk(left: int, most: int) -> int:

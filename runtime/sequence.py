@@ -7,7 +7,8 @@ from functools import cached_property
 import numpy as np
 
 from runtime.engine import Int64
-from runtime.messages import Finish, Generate
+from runtime.messages import Finish, Generate, Scored
+from runtime.penalties import Penalties, penalized
 from runtime.speculation import DRAFT_MEMORY, DRAFT_PRIOR, MEMORY, Lookup
 
 
@@ -29,6 +30,10 @@ class Sequence:
     """Of these, prompt tokens whose keys and values stood in a slot already."""
     tokens: list[int] = field(default_factory=list)
     finish: Finish | None = None
+    penalties: Penalties | None = None
+    """What it changes of its tokens' logits; None where it changes nothing, and until it has a slot."""
+    scored: list[Scored] = field(default_factory=list)
+    """The prompt's tokens from the second on, as far as they are scored, where that is wanted."""
     lookup: Lookup | None = None
     """Guesses from the sequence's own tokens; None where it wants none."""
     draft_share: float = DRAFT_PRIOR
@@ -45,6 +50,19 @@ class Sequence:
     def prompt(self) -> Int64:
         """The prompt as an array."""
         return np.array(self.request.prompt, np.int64)
+
+    @property
+    def reusable(self) -> Int64:
+        """Of the prompt, what need not be computed where it stands in a slot.
+
+        The last token is always computed, for its logits, and never alone: a lone row would come out with other bits.
+        """
+        return self.prompt[: 0 if self.request.prompt_logprobs else -2]
+
+    @property
+    def foreseeable(self) -> bool:
+        """How the token after the next is drawn is known before the next one is."""
+        return not penalized(self.request)
 
     @property
     def key(self) -> tuple[bytes, str]:
@@ -93,6 +111,10 @@ class Sequence:
             self.finish = "stop"
             return False
         self.tokens.append(token)
+        if self.penalties is not None:
+            self.penalties.take(token)
+            if self.penalties.over:
+                self.penalties = None
         if len(self.tokens) >= self.request.max_tokens or self.length >= context:
             self.finish = "length"
         return True
