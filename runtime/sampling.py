@@ -4,11 +4,11 @@ These come from a counter-based generator, so that a draw depends on its seed an
 """
 
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runtime.engine import Draw
+from runtime.engine import Draw, Int32
 from runtime.messages import MOST_ALTERNATIVES, Generate, Sampling
 from runtime.penalties import BAN, Changes, together
 from runtime.sequence import Sequence
@@ -30,7 +30,15 @@ class Place:
 
 
 def draw(places: list[Place], *, tell: bool = True) -> Draw:
-    """How the tokens at `places`, a row each, are chosen; and, where that is to `tell`, how many alternatives are told."""
+    """How the tokens at `places`, a row each, are chosen; and, where that is to `tell`, how many alternatives are told.
+
+    The masks of their sequences must be ready; guesses of a sequence with a grammar are tokens that it forces.
+    """
+    made, masks = _unmasked(places, tell), _masks(places)
+    return made if masks is None else replace(made, mask=masks)
+
+
+def _unmasked(places: list[Place], tell: bool) -> Draw:
     free = [place.sequence if place.forced < 0 else None for place in places]
     alternatives = max((place.sequence.request.top_logprobs for place in places), default=0) if tell else 0
     penalties = any(sequence is not None and sequence.penalties is not None for sequence in free)
@@ -59,6 +67,18 @@ def draw(places: list[Place], *, tell: bool = True) -> Draw:
 def _uniform(place: Place) -> float:
     sequence = place.sequence
     return uniform(sequence.request.sampling.seed, len(sequence.tokens) + len(place.guesses))
+
+
+def _masks(places: list[Place]) -> Int32 | None:
+    masks = [
+        None if place.forced >= 0 or place.sequence.matcher is None else place.sequence.matcher.mask(len(place.guesses))
+        for place in places
+    ]
+    first = next((mask for mask in masks if mask is not None), None)
+    if first is None:
+        return None
+    everything = np.full_like(first, -1)
+    return np.stack([everything if mask is None else mask for mask in masks])
 
 
 def _changes(place: Place) -> Changes | None:

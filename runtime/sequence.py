@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from runtime.engine import Int64
+from runtime.grammar import Matcher
 from runtime.messages import Finish, Generate, Scored
 from runtime.penalties import Penalties, penalized
 from runtime.speculation import DRAFT_MEMORY, DRAFT_PRIOR, MEMORY, Lookup
@@ -30,6 +31,8 @@ class Sequence:
     """Of these, prompt tokens whose keys and values stood in a slot already."""
     tokens: list[int] = field(default_factory=list)
     finish: Finish | None = None
+    matcher: Matcher | None = None
+    """Its way through the grammar of its constraint; None where it has none, and until that is compiled."""
     penalties: Penalties | None = None
     """What it changes of its tokens' logits; None where it changes nothing, and until it has a slot."""
     scored: list[Scored] = field(default_factory=list)
@@ -43,7 +46,7 @@ class Sequence:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end the answer."""
+        """Tokens that end the answer, beside those that end an answer to its grammar."""
         return frozenset(self.request.stop_ids)
 
     @cached_property
@@ -62,7 +65,7 @@ class Sequence:
     @property
     def foreseeable(self) -> bool:
         """How the token after the next is drawn is known before the next one is."""
-        return not penalized(self.request)
+        return self.matcher is None and not penalized(self.request)
 
     @property
     def key(self) -> tuple[bytes, str]:
@@ -107,7 +110,10 @@ class Sequence:
 
     def accept(self, token: int, context: int) -> bool:
         """Take the engine's next token; sets `finish` when it was the last. False when the token ends the answer unseen."""
-        if token in self.stop_ids:
+        if self.matcher is not None and self.matcher.failure:
+            self.finish = "error"
+            return False
+        if token in self.stop_ids or (self.matcher is not None and token in self.matcher.stop_ids):
             self.finish = "stop"
             return False
         self.tokens.append(token)
@@ -115,12 +121,16 @@ class Sequence:
             self.penalties.take(token)
             if self.penalties.over:
                 self.penalties = None
-        if len(self.tokens) >= self.request.max_tokens or self.length >= context:
+        if self.matcher is not None and self.matcher.take(token):
+            self.finish = "error" if self.matcher.failure else "stop"
+        elif len(self.tokens) >= self.request.max_tokens or self.length >= context:
             self.finish = "length"
         return True
 
     def guess(self, count: int) -> list[int]:
-        """The `count` tokens that its own say will come next."""
+        """The `count` tokens that its own say will come next; with a grammar those that it forces, maybe fewer or none."""
+        if self.matcher is not None:
+            return self.matcher.forced[:count]
         return [] if self.lookup is None else self.lookup.guess(count)
 
     def note(self, tokens: list[int]) -> None:
