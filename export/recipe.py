@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from export.errors import ExportError
-from runtime.bundle import Precision, Target
+from runtime.bundle import Precision, Target, ToolFormat
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
@@ -74,6 +74,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     model: ModelReference
     variants: tuple[Build, ...] = (Build(),)
+    tools: ToolFormat | Literal["none"] | None = None
+    """How the model writes the calls of tools; None reads it from the chat template."""
 
 
 def read(path: Path) -> Recipe:
@@ -129,7 +131,13 @@ def _check(build: Build) -> None:
             raise ExportError(f"variant {build.name!r}: {gpu!r} is no compute capability; write it as 8.9")
 
 
-def of(model: str, name: str | None, revision: str | None, variants: tuple[Build, ...]) -> Recipe:
+def of(
+    model: str,
+    name: str | None,
+    revision: str | None,
+    variants: tuple[Build, ...],
+    tools: ToolFormat | Literal["none"] | None = None,
+) -> Recipe:
     """The recipe that the command line says: `model` is a hub id (`ID` or `ID:FILE.gguf`), a folder or a GGUF file."""
     path = Path(model).expanduser()
     kind: Literal["path", "hub"]
@@ -141,4 +149,4 @@ def of(model: str, name: str | None, revision: str | None, variants: tuple[Build
         file = file_name or None
     reference = ModelReference(file=file, revision=revision, **{kind: where})
     plain = re.sub(r"[^a-z0-9._-]+", "-", (Path(where).stem if path.is_file() else Path(where).name).lower()).strip("-._")
-    return checked(Recipe(name or plain, reference, variants))
+    return checked(Recipe(name or plain, reference, variants, tools))

@@ -35,7 +35,7 @@ class Shape:
     calls: bool = False
     """It writes the `tool_calls` of a message."""
     results: bool = False
-    """It has a turn for messages of role "tool"."""
+    """It writes messages of role "tool"."""
     system: bool = True
     """It writes a system message."""
     parts: bool = False
@@ -61,7 +61,9 @@ class ChatTemplate:
     def shape(self) -> Shape:
         """What the template takes."""
         read = _Reading(self._tree)
-        return Shape(read.tools, read.calls, read.results, self._writes_system(read.parts), read.parts, read.arguments)
+        results = read.results or self._writes("user", "assistant", "tool", parts=read.parts)
+        system = self._writes("system", "user", parts=read.parts)
+        return Shape(read.tools, read.calls, results, system, read.parts, read.arguments)
 
     def render(
         self,
@@ -120,17 +122,15 @@ class ChatTemplate:
             raise TemplateError(f"the model's chat template cannot render the conversation: {what}") from error
         return "".join(pieces)
 
-    def _writes_system(self, parts: bool) -> bool:
-        """Whether a system message comes out, which is found out by trying: templates refuse it in many ways."""
-        mark = secrets.token_hex(8)
-        roles = {"system": mark, "user": "user"}
-        messages = [
-            {"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in roles.items()
-        ]
+    def _writes(self, *roles: str, parts: bool) -> bool:
+        """Whether a message of each role comes out, which is found out by trying: templates refuse one in many ways."""
+        marks = [secrets.token_hex(8) for _ in roles]
+        contents = [[{"type": "text", "text": mark}] if parts else mark for mark in marks]
         try:
-            return mark in self.render(messages)
+            rendered = self.render([{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)])
         except TemplateError:
             return False
+        return all(mark in rendered for mark in marks)
 
 
 def _marked(messages: Sequence[Mapping[str, Any]], mark: str) -> Mapping[str, Any]:

@@ -12,7 +12,10 @@ from server.tools.reading import Parser, Reader, Steps
 TokenId = Callable[[str], int | None]
 """The id of a special token by its text, or None where the model's tokenizer has no such special token."""
 
-_CLOSED_BY = ("additionalProperties", "unevaluatedProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref")
+_OPENING = frozenset(
+    ("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties", "dependentSchemas")
+) | frozenset(("allOf", "anyOf", "oneOf", "if", "$ref", "$dynamicRef"))
+"""Keywords of a schema for an object that may have or need more properties than those under `properties`."""
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """How arguments are spaced where the answer is constrained. With any whitespace allowed, a small model may write nothing else
 for the rest of its answer."""
@@ -107,7 +110,9 @@ def _arguments(tool: Tool) -> str:
         return literal("{}")
     # Its own document, so that references into it hold.
     schema = tool.parameters | {"type": "object", "x-guidance": _COMPACT | {"lenient": not tool.strict}}
-    if schema.get("properties") and not any(key in schema for key in _CLOSED_BY):
+    properties, required = schema.get("properties"), schema.get("required", [])
+    closed = isinstance(properties, dict) and isinstance(required, list) and not _OPENING & schema.keys()
+    if closed and properties and all(isinstance(name, str) and name in properties for name in required):
         # Nobody means arguments that the tool does not have; a model that may invent names does.
         schema["additionalProperties"] = False
     return f"%json {json.dumps(schema)}"

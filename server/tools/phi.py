@@ -18,7 +18,12 @@ class Phi(Format):
     def render(self, calls: Sequence[Call]) -> str:
         """See `Format`."""
         listed = ", ".join(f'{{"name": "{call.name}", "arguments": {call.arguments}}}' for call in calls)
-        return f"{OPEN}[{listed}]{CLOSE}"
+        return f"{OPEN}[{listed}]{CLOSE if self._closes else ''}"
+
+    @property
+    def _closes(self) -> bool:
+        """Granite, which has the first mark's token and not the second's, leaves it out."""
+        return self._token_id(CLOSE) is not None or self._token_id(OPEN) is None
 
     def _script(self, reader: Reader, names: Collection[str] | None) -> Steps:
         while mark := (yield from reader.content_to(OPEN, FUNCTOOLS)):
@@ -35,7 +40,8 @@ class Phi(Format):
 
     def _answer(self, call: str, several: bool) -> str:
         more = f' (", " {call})*' if several else ""
-        return f'{self._mark(OPEN)} "[" {call}{more} "]" {self._mark(CLOSE)}'
+        close = f" {self._mark(CLOSE)}" if self._closes else ""
+        return f'{self._mark(OPEN)} "[" {call}{more} "]"{close}'
 
     def _call(self, name: str, arguments: str) -> str:
         beginning = literal(f'{{"name": "{name}", "arguments": ')
