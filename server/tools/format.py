@@ -16,6 +16,8 @@ _OPENING = frozenset(
     ("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties", "dependentSchemas")
 ) | frozenset(("allOf", "anyOf", "oneOf", "if", "$ref", "$dynamicRef"))
 """Keywords of a schema for an object that may have or need more properties than those under `properties`."""
+MOST_CALLS = 8
+"""Calls that an answer may have where one is required. A small model that has once begun may repeat its call for ever."""
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """How arguments are spaced where the answer is constrained. With any whitespace allowed, a small model may write nothing else
 for the rest of its answer."""
@@ -40,7 +42,7 @@ class Format(ABC):
         return Parser(partial(self._script, names=names))
 
     def grammar(self, tools: Sequence[Tool], *, name: str | None = None, parallel: bool = True) -> str:
-        """Lark for llguidance: the answer is one call and, with `parallel`, perhaps more; of `name` alone, if given.
+        """Lark for llguidance: the answer is one call or, with `parallel`, up to `MOST_CALLS`; of `name` alone, if given.
 
         Raises ValueError where `tools` has none of that name.
         """
@@ -48,7 +50,7 @@ class Format(ABC):
         if not wanted:
             raise ValueError(f"there is no tool {name!r}" if name else "there are no tools")
         lines = [
-            f"start: {self._answer('call', parallel and name is None)}",
+            f"start: {self._answer('call', MOST_CALLS if parallel and name is None else 1)}",
             f"call: {' | '.join(f'call_{index}' for index in range(len(wanted)))}",
         ]
         for index, tool in enumerate(wanted):
@@ -86,8 +88,8 @@ class Format(ABC):
         """See `reading`."""
 
     @abstractmethod
-    def _answer(self, call: str, several: bool) -> str:
-        """The Lark of an answer, of the rule `call`."""
+    def _answer(self, call: str, most: int) -> str:
+        """The Lark of an answer of up to `most` calls, of the rule `call`."""
 
     @abstractmethod
     def _call(self, name: str, arguments: str) -> str:

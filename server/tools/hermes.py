@@ -27,8 +27,8 @@ class Hermes(Format):
                 continue
             yield from reader.closing(CLOSE)
 
-    def _answer(self, call: str, several: bool) -> str:
-        return f'{call} ("\\n" {call})*' if several else call
+    def _answer(self, call: str, most: int) -> str:
+        return f'{call} ("\\n" {call}){{0,{most - 1}}}' if most > 1 else call
 
     def _call(self, name: str, arguments: str) -> str:
         beginning = literal(f'\n{{"name": "{name}", "arguments": ')

@@ -57,8 +57,8 @@ class Llama3(Format):
         except FalseStartError:
             reader.at = behind
 
-    def _answer(self, call: str, several: bool) -> str:
-        return f'{call} ("; " {call})*' if several else call
+    def _answer(self, call: str, most: int) -> str:
+        return f'{call} ("; " {call}){{0,{most - 1}}}' if most > 1 else call
 
     def _call(self, name: str, arguments: str) -> str:
         beginning = literal(f'{{"name": "{name}", "parameters": ')

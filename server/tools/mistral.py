@@ -52,10 +52,10 @@ class Mistral(Format):
             raise FalseStartError
         yield from reader.arguments(name)
 
-    def _answer(self, call: str, several: bool) -> str:
+    def _answer(self, call: str, most: int) -> str:
         if self._newer:
-            return f"{call}+" if several else call
-        more = f' (", " {call})*' if several else ""
+            return f"{call}{{1,{most}}}" if most > 1 else call
+        more = f' (", " {call}){{0,{most - 1}}}' if most > 1 else ""
         return f'{self._mark(CALLS)} "[" {call}{more} "]"'
 
     def _call(self, name: str, arguments: str) -> str:

@@ -38,8 +38,8 @@ class Phi(Format):
             if mark == OPEN:
                 yield from reader.closing(CLOSE)
 
-    def _answer(self, call: str, several: bool) -> str:
-        more = f' (", " {call})*' if several else ""
+    def _answer(self, call: str, most: int) -> str:
+        more = f' (", " {call}){{0,{most - 1}}}' if most > 1 else ""
         close = f" {self._mark(CLOSE)}" if self._closes else ""
         return f'{self._mark(OPEN)} "[" {call}{more} "]"{close}'
 
