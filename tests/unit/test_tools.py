@@ -33,6 +33,7 @@ from server.tools import (
     format_of,
     prepare,
 )
+from server.tools.format import MOST_CALLS
 
 EOS = "</s>"
 SPECIAL: dict[str, list[str]] = {
@@ -306,6 +307,28 @@ def test_a_grammar_takes_calls_and_nothing_else(model: str) -> None:
         format.render(VALID[:1])[:-1],
     ):
         assert not accepted(model, text), text
+
+
+@pytest.mark.parametrize("model", SPECIAL)
+def test_where_no_call_is_required_those_that_are_made_are_valid(model: str) -> None:
+    format = made(model)
+    for parallel in (True, False):
+        for answer in ("", "Hello.", 'As JSON: {"x": [1]}', "a <tool and [TOOL"):
+            assert accepted(model, answer, required=False, parallel=parallel), answer
+        for call in VALID:
+            assert accepted(model, format.render([call]), required=False, parallel=parallel), call
+        for call in INVALID:
+            assert not accepted(model, format.render([call]), required=False, parallel=parallel), call
+        assert accepted(model, format.render(VALID[:2]), required=False, parallel=parallel) == parallel
+    if model != "llama3":  # which has no mark in front of a call, so that behind a text it is text
+        assert accepted(model, "Well.\n" + format.render(VALID[:1]), required=False)
+        assert not accepted(model, "Well.\n" + format.render(INVALID[:1]), required=False)
+
+
+def test_there_is_an_end_to_the_calls_of_an_answer() -> None:
+    format = made("hermes")
+    assert accepted("hermes", format.render(VALID[:1] * MOST_CALLS))
+    assert not accepted("hermes", format.render(VALID[:1] * (MOST_CALLS + 1)))
 
 
 def walk(constraint: LLMatcher, text: Text, end: int, chooser: random.Random) -> list[int]:
