@@ -13,12 +13,13 @@ TokenId = Callable[[str], int | None]
 """The id of a special token by its text, or None where the model's tokenizer has no such special token."""
 
 MOST_CALLS = 32
-"""How many calls an answer can have that has to be of calls: a small model may otherwise go on calling for as long as it may."""
+"""Of an answer that has to be of calls; a small model might otherwise go on calling for as long as it may."""
 _TEXT = r"TEXT: /(.|\n)*/"
 
 _OPEN_SCHEMA = frozenset(
-    ("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties")
-) | frozenset(("allOf", "anyOf", "oneOf", "if", "dependentSchemas", "$ref", "$dynamicRef"))
+    {"additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties"}
+    | {"allOf", "anyOf", "oneOf", "if", "dependentSchemas", "$ref", "$dynamicRef"}
+)
 """Keywords of a schema for an object that may have or need more properties than those under `properties`."""
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """How arguments are spaced where the answer is constrained. With any whitespace allowed, a small model may write nothing else
