@@ -80,6 +80,7 @@ class GpuEngine:
         self._ahead: _Flight | None = None
         self._handed: Int64 = np.zeros(0, np.int64)
         """The tokens that the last step gave, which are the input of the one ahead."""
+        self._tops: tuple[Int64, Float32] = np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32)
 
     def step(self, batch: Batch, ahead: Draw | None = None) -> tuple[Int64, Float32]:
         """See `runtime.engine.Engine.step`. Raises EngineError."""
@@ -88,6 +89,10 @@ class GpuEngine:
         if ahead is not None:
             self._ahead = self._begin_ahead(batch, ahead)
         return self._land(flight)
+
+    def alternatives(self) -> tuple[Int64, Float32]:
+        """See `runtime.engine.Engine.alternatives`."""
+        return self._tops
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See `runtime.engine.Engine.copy`."""
@@ -113,6 +118,8 @@ class GpuEngine:
     def _begin(self, batch: Batch, continuing: bool = False) -> _Flight:
         """Put a step on the stream; where it is `continuing`, its input is what the step before it gives."""
         self._check(batch)
+        if batch.draw.adorned:
+            raise EngineError("an engine on a GPU takes no masks, adjustments and alternatives yet; ask one on a CPU")
         shape = self._shape(batch)
         self._backend.check(shape)
         sampled = bool(np.any(batch.draw.temperature > 0))

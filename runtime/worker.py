@@ -13,10 +13,11 @@ from pathlib import Path
 import zmq
 
 from runtime import devices, logs, messages, orphan
-from runtime.bundle import MANIFEST, Bundle, BundleError, Variant, read, sha256
+from runtime.bundle import MANIFEST, TOKENIZER, Bundle, BundleError, Variant, read, sha256
 from runtime.devices import GPU_MEMORY, DeviceError
 from runtime.draft import Drafter
 from runtime.engine import DeviceLost, Engine, EngineError
+from runtime.grammar import Grammars
 from runtime.loading import CPU_SLOTS, MOST_SLOTS, Placement, default_cache, start
 from runtime.loop import QUEUE_FILLS, Loop, News
 from runtime.messages import Attach, Cancel, Generate, Heartbeat, Progress, Ready
@@ -263,6 +264,7 @@ def main() -> int:
         prefill_budget=arguments.prefill_budget,
         speculation=not arguments.no_speculation,
         drafter=drafter,
+        grammars=Grammars(arguments.bundle / TOKENIZER, engine.vocab_size, manifest.stop_ids),
     )
     try:
         Worker(loop, ready, arguments.socket).run(parent=sys.stdin.fileno())

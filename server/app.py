@@ -10,7 +10,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from runtime import logs
 from server import cors, journal
 from server.access import ACCESS, CLIENT, Access, Client, identify
-from server.api import admin, generate, openai, openapi
+from server.api import admin, chat, completions, generate, models, openapi
 from server.api.bodies import MAX_BODY
 from server.api.streaming import CLIENT_GONE
 from server.errors import ApiError
@@ -32,11 +32,11 @@ def build(service: Service, access: Access | None = None) -> web.Application:
     app.on_response_prepare.append(_mark)
     app.add_routes(
         [
-            web.post("/v1/chat/completions", openai.chat_completions),
-            web.post("/v1/completions", openai.completions),
+            web.post("/v1/chat/completions", chat.chat_completions),
+            web.post("/v1/completions", completions.completions),
             web.post("/v1/generate", generate.generate),
-            web.get("/v1/models", openai.models),
-            web.get("/v1/models/{id:.+}", openai.model),
+            web.get("/v1/models", models.models),
+            web.get("/v1/models/{id:.+}", models.model),
             web.get("/healthz", health),
             web.get("/readyz", readiness),
             web.get("/metrics", metrics),

@@ -15,8 +15,9 @@ from aiohttp import web
 from server.access import METRICS, OPEN
 from server.api.admin import ModelStatus, ServerStatus
 from server.api.answers import ChatChunk, ChatCompletion, Completion, Model, ModelList
-from server.api.bodies import MAX_BODY, ChatBody, CompletionBody, GenerateBody
+from server.api.bodies import MAX_BODY, GenerateBody
 from server.api.generate import NDJSON, LastLine, Line
+from server.api.openai_bodies import ChatBody, CompletionBody
 from server.errors import ErrorBody
 from server.journal import HEADER
 

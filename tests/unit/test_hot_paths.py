@@ -45,6 +45,9 @@ class Instant:
         rows = len(batch.logit_rows)
         return self._chance.integers(0, VOCAB, rows), np.full(rows, -1, np.float32)
 
+    def alternatives(self) -> tuple[Int64, Float32]:
+        return np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32)
+
     def copy(self, source: int, target: int, length: int) -> None:
         pass
 
