@@ -96,9 +96,7 @@ class ChatTemplate:
         rendered = self._render(variables | dict(options or {}))
         at = rendered.rfind(mark)
         if at < 0:
-            raise TemplateError(
-                "the model's chat template leaves the final message's content out, which cannot be continued then"
-            )
+            raise TemplateError("the model's chat template leaves out the final message's text: it cannot be continued")
         return rendered[:at] if rendered.startswith(mark + " ", at) else rendered[:at].rstrip()
 
     def _render(self, variables: Mapping[str, Any]) -> str:
@@ -140,7 +138,7 @@ def _marked(messages: Sequence[Mapping[str, Any]], mark: str) -> Mapping[str, An
     if isinstance(content, str):
         return {**last, "content": content + mark}
     parts: list[Any] = list(content or ())
-    for at in range(len(parts) - 1, -1, -1):
+    for at in reversed(range(len(parts))):
         if "text" in parts[at]:
             parts[at] = {**parts[at], "text": parts[at]["text"] + mark}
             return {**last, "content": parts}

@@ -12,12 +12,15 @@ from server.tools.reading import Parser, Reader, Steps
 TokenId = Callable[[str], int | None]
 """The id of a special token by its text, or None where the model's tokenizer has no such special token."""
 
-_OPENING = frozenset(
-    ("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties", "dependentSchemas")
-) | frozenset(("allOf", "anyOf", "oneOf", "if", "$ref", "$dynamicRef"))
+MOST_CALLS = 32
+"""Of an answer that has to be of calls; a small model might otherwise go on calling for as long as it may."""
+_TEXT = r"TEXT: /(.|\n)*/"
+
+_OPEN_SCHEMA = frozenset(
+    {"additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties"}
+    | {"allOf", "anyOf", "oneOf", "if", "dependentSchemas", "$ref", "$dynamicRef"}
+)
 """Keywords of a schema for an object that may have or need more properties than those under `properties`."""
-MOST_CALLS = 8
-"""Calls that an answer may have where one is required. A small model that has once begun may repeat its call for ever."""
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """How arguments are spaced where the answer is constrained. With any whitespace allowed, a small model may write nothing else
 for the rest of its answer."""
@@ -30,6 +33,8 @@ class Format(ABC):
     """The special tokens that the answer's text must show for its calls to be found."""
     single: ClassVar[bool] = False
     """Chat templates of this kind take one call a turn."""
+    opening: ClassVar[str]
+    """The mark before a call, or before a list of them."""
     native: bool
     """The model was made for it; False where it has to be told how."""
 
@@ -41,18 +46,18 @@ class Format(ABC):
         """Reads one answer. `names` are those of the tools: they tell a call from JSON where the format does not mark one."""
         return Parser(partial(self._script, names=names))
 
-    def grammar(self, tools: Sequence[Tool], *, name: str | None = None, parallel: bool = True) -> str:
+    def grammar(self, tools: Sequence[Tool], *, required: bool = True, name: str | None = None, parallel: bool = True) -> str:
         """Lark for llguidance: the answer is one call or, with `parallel`, up to `MOST_CALLS`; of `name` alone, if given.
 
-        Raises ValueError where `tools` has none of that name.
+        Without `required` the answer is any text, and what in it begins as a call has to be a whole and valid one. Raises
+        ValueError where `tools` has none of that name.
         """
         wanted = [tool for tool in tools if name in (None, tool.name)]
         if not wanted:
             raise ValueError(f"there is no tool {name!r}" if name else "there are no tools")
-        lines = [
-            f"start: {self._answer('call', MOST_CALLS if parallel and name is None else 1)}",
-            f"call: {' | '.join(f'call_{index}' for index in range(len(wanted)))}",
-        ]
+        several = parallel and name is None
+        lines = [self._calls(several) if required or name is not None else self._text_or_calls(several)]
+        lines.append(f"call: {' | '.join(f'call_{index}' for index in range(len(wanted)))}")
         for index, tool in enumerate(wanted):
             lines.append(f"call_{index}: {self._call(tool.name, f'arguments_{index}')}")
             lines.append(f"arguments_{index}: {_arguments(tool)}")
@@ -87,9 +92,28 @@ class Format(ABC):
     def _script(self, reader: Reader, names: Collection[str] | None) -> Steps:
         """See `reading`."""
 
+    @property
+    def _between(self) -> str | None:
+        """What stands between two groups that each have an opening mark; None where all calls are in one."""
+        return None
+
+    def _calls(self, several: bool) -> str:
+        """The Lark of an answer that is of calls, with its rule `start`."""
+        return f"start: {repeated(f'{self._mark(self.opening)} {self._group(several)}', self._between, several)}"
+
+    def _text_or_calls(self, several: bool) -> str:
+        """The Lark of an answer that may be of calls."""
+        group = self._group(several)
+        if (mark := self._token_id(self.opening)) is not None:
+            start = f"text (<[{mark}]> {group} text)*" if several else f"text (<[{mark}]> {group})?"
+            return f"start: {start}\ntext: TEXT\n{_TEXT}"
+        # A lazy lexeme ends where the mark is complete: no text goes on over one.
+        start = f"(marked {group})* text" if several else f"text | marked {group}"
+        return f"start: {start}\nmarked[lazy]: TEXT {literal(self.opening)}\ntext: TEXT\n{_TEXT}"
+
     @abstractmethod
-    def _answer(self, call: str, most: int) -> str:
-        """The Lark of an answer of up to `most` calls, of the rule `call`."""
+    def _group(self, several: bool) -> str:
+        """The Lark of what stands behind the opening mark, of the rule `call`."""
 
     @abstractmethod
     def _call(self, name: str, arguments: str) -> str:
@@ -106,6 +130,19 @@ def literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def listed(several: bool) -> str:
+    """The Lark of a JSON list of calls."""
+    return f'"[" {repeated("call", ", ", several)} "]"'
+
+
+def repeated(item: str, between: str | None, several: bool) -> str:
+    """The Lark of one `item`, or of several with `between` them."""
+    if not several or between is None:
+        return item
+    more = f"{literal(between)} {item}" if between else item
+    return f"{item} ({more}){{0,{MOST_CALLS - 1}}}"
+
+
 def _arguments(tool: Tool) -> str:
     """The Lark of a tool's arguments."""
     if tool.parameters is None:
@@ -113,7 +150,7 @@ def _arguments(tool: Tool) -> str:
     # Its own document, so that references into it hold.
     schema = tool.parameters | {"type": "object", "x-guidance": _COMPACT | {"lenient": not tool.strict}}
     properties, required = schema.get("properties"), schema.get("required", [])
-    closed = isinstance(properties, dict) and isinstance(required, list) and not _OPENING & schema.keys()
+    closed = isinstance(properties, dict) and isinstance(required, list) and not _OPEN_SCHEMA & schema.keys()
     if closed and properties and all(isinstance(name, str) and name in properties for name in required):
         # Nobody means arguments that the tool does not have; a model that may invent names does.
         schema["additionalProperties"] = False

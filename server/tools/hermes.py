@@ -13,6 +13,7 @@ class Hermes(Format):
     """`<tool_call>`, an object with name and arguments, `</tool_call>`, each on a line."""
 
     special = frozenset({OPEN, CLOSE})
+    opening = OPEN
 
     def render(self, calls: Sequence[Call]) -> str:
         """See `Format`."""
@@ -27,9 +28,13 @@ class Hermes(Format):
                 continue
             yield from reader.closing(CLOSE)
 
-    def _answer(self, call: str, most: int) -> str:
-        return f'{call} ("\\n" {call}){{0,{most - 1}}}' if most > 1 else call
+    @property
+    def _between(self) -> str | None:
+        return "\n"
+
+    def _group(self, several: bool) -> str:
+        return "call"
 
     def _call(self, name: str, arguments: str) -> str:
         beginning = literal(f'\n{{"name": "{name}", "arguments": ')
-        return f"{self._mark(OPEN)} {beginning} {arguments} {literal('}' + chr(10))} {self._mark(CLOSE)}"
+        return f"{beginning} {arguments} {literal('}' + chr(10))} {self._mark(CLOSE)}"

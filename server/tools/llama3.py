@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from server.tools.calls import Call
-from server.tools.format import Format, literal
+from server.tools.format import Format, literal, repeated
 from server.tools.reading import FalseStartError, Reader, Steps
 
 TAG = "<|python_tag|>"
@@ -17,6 +17,7 @@ class Llama3(Format):
     """
 
     special = frozenset({TAG})
+    opening = TAG
     single = True
 
     def render(self, calls: Sequence[Call]) -> str:
@@ -57,8 +58,17 @@ class Llama3(Format):
         except FalseStartError:
             reader.at = behind
 
-    def _answer(self, call: str, most: int) -> str:
-        return f'{call} ("; " {call}){{0,{most - 1}}}' if most > 1 else call
+    def _calls(self, several: bool) -> str:
+        return f"start: {self._group(several)}"
+
+    def _text_or_calls(self, several: bool) -> str:
+        group = self._group(several)
+        start = f"start: {group} | text ({self._mark(TAG)} {group})?\ntext: TEXT"
+        return rf"""{start}
+TEXT: /(.|\n)*/ & ~/\{{"name"(.|\n)*/"""
+
+    def _group(self, several: bool) -> str:
+        return repeated("call", "; ", several)
 
     def _call(self, name: str, arguments: str) -> str:
         beginning = literal(f'{{"name": "{name}", "parameters": ')

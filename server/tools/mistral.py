@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from server.tools.calls import Call
-from server.tools.format import Format, literal
+from server.tools.format import Format, listed, literal
 from server.tools.reading import FalseStartError, Reader, Steps
 
 CALLS, ID, ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
@@ -16,13 +16,14 @@ class Mistral(Format):
     """
 
     special = frozenset({CALLS, ID, ARGUMENTS})
+    opening = CALLS
 
     def render(self, calls: Sequence[Call]) -> str:
         """See `Format`."""
         if self._newer:
             return "".join(f"{CALLS}{call.name}{ARGUMENTS}{call.arguments}" for call in calls)
-        listed = ", ".join(f'{{"name": "{call.name}", "arguments": {call.arguments}}}' for call in calls)
-        return f"{CALLS}[{listed}]"
+        written = ", ".join(f'{{"name": "{call.name}", "arguments": {call.arguments}}}' for call in calls)
+        return f"{CALLS}[{written}]"
 
     @property
     def _newer(self) -> bool:
@@ -52,14 +53,15 @@ class Mistral(Format):
             raise FalseStartError
         yield from reader.arguments(name)
 
-    def _answer(self, call: str, most: int) -> str:
-        if self._newer:
-            return f"{call}{{1,{most}}}" if most > 1 else call
-        more = f' (", " {call}){{0,{most - 1}}}' if most > 1 else ""
-        return f'{self._mark(CALLS)} "[" {call}{more} "]"'
+    @property
+    def _between(self) -> str | None:
+        return "" if self._newer else None
+
+    def _group(self, several: bool) -> str:
+        return "call" if self._newer else listed(several)
 
     def _call(self, name: str, arguments: str) -> str:
         if self._newer:
-            return f"{self._mark(CALLS)} {literal(name)} {self._mark(ARGUMENTS)} {arguments}"
+            return f"{literal(name)} {self._mark(ARGUMENTS)} {arguments}"
         beginning = literal(f'{{"name": "{name}", "arguments": ')
         return f"{beginning} {arguments} {literal('}')}"

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from server.tools.calls import Call
-from server.tools.format import Format, literal
+from server.tools.format import Format, listed, literal
 from server.tools.reading import FalseStartError, Reader, Steps
 
 OPEN, CLOSE = "<|tool_call|>", "<|/tool_call|>"
@@ -14,11 +14,12 @@ class Phi(Format):
     """`<|tool_call|>[{"name": ..., "arguments": {...}}, ...]<|/tool_call|>` or `functools[{...}, ...]`; both are read."""
 
     special = frozenset({OPEN, CLOSE})
+    opening = OPEN
 
     def render(self, calls: Sequence[Call]) -> str:
         """See `Format`."""
-        listed = ", ".join(f'{{"name": "{call.name}", "arguments": {call.arguments}}}' for call in calls)
-        return f"{OPEN}[{listed}]{CLOSE if self._closes else ''}"
+        written = ", ".join(f'{{"name": "{call.name}", "arguments": {call.arguments}}}' for call in calls)
+        return f"{OPEN}[{written}]{CLOSE if self._closes else ''}"
 
     @property
     def _closes(self) -> bool:
@@ -38,10 +39,9 @@ class Phi(Format):
             if mark == OPEN:
                 yield from reader.closing(CLOSE)
 
-    def _answer(self, call: str, most: int) -> str:
-        more = f' (", " {call}){{0,{most - 1}}}' if most > 1 else ""
+    def _group(self, several: bool) -> str:
         close = f" {self._mark(CLOSE)}" if self._closes else ""
-        return f'{self._mark(OPEN)} "[" {call}{more} "]"{close}'
+        return f"{listed(several)}{close}"
 
     def _call(self, name: str, arguments: str) -> str:
         beginning = literal(f'{{"name": "{name}", "arguments": ')

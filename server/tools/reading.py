@@ -72,6 +72,8 @@ class Reader:
         self._events: list[Event] = []
         self._space = ""
         """Whitespace that is content if more content follows."""
+        self._beside_call = False
+        """Nothing but whitespace has come since the last call."""
 
     # For the parser.
 
@@ -89,10 +91,10 @@ class Reader:
         return events
 
     def say_rest(self) -> None:
-        """Give what the script has left as content, and the whitespace behind an answer without calls."""
+        """Give what is left as content."""
         self.say(self._text[self.at :])
         self._text, self.at = "", 0
-        if not self.calls and self._space:
+        if self._space and not self._beside_call:
             self._emit_content(self._space)
         self._space = ""
 
@@ -249,7 +251,7 @@ class Reader:
 
     def _start(self, name: str) -> int:
         """Tell that a call starts; its index."""
-        self._space = ""
+        self._space, self._beside_call = "", True
         self._events.append(CallStarted(self.calls, name))
         self.calls += 1
         return self.calls - 1
@@ -308,6 +310,7 @@ class Reader:
         return 0
 
     def _emit_content(self, text: str) -> None:
+        self._beside_call = False
         if self._events and isinstance(last := self._events[-1], Content):
             self._events[-1] = Content(last.text + text)
         else:
