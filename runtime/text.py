@@ -57,13 +57,23 @@ class Text:
         A special token that is spelled out in `text` becomes that token, as in transformers. Raises TextError where `text` has
         half of a surrogate pair, which has no UTF-8.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TextError(
-                f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X}); send whole characters"
-            ) from None
+        _check_characters(text)
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
+
+    def encode_within(self, text: str, most: int) -> list[int]:
+        """`encode` cut to `most` tokens: of the text itself the end goes, the special tokens around it stay.
+
+        Raises TextError where there is no room for these, or as `encode` does.
+        """
+        _check_characters(text)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        room = most - self._tokenizer.num_special_tokens_to_add(False)
+        if room < 1:
+            raise TextError(f"{most} tokens are too few: {most - room} of them are the special ones around a text")
+        if len(encoding.ids) > room:
+            encoding.truncate(room)
+        ids: list[int] = self._tokenizer.post_process(encoding, None, True).ids
+        return ids
 
     def chat(
         self,
@@ -232,6 +242,16 @@ class _Pieces:
         if self._byte_fallback and (byte := _BYTE_TOKEN.fullmatch(token)):
             return bytes.fromhex(byte[1])
         return None
+
+
+def _check_characters(text: str) -> None:
+    """Raise TextError where `text` has half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X}); send whole characters"
+        ) from None
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -193,7 +193,7 @@ class GenerateBody(GenerationBody, frozen=True, kw_only=True):
     prompt: str
 
 
-Body = TypeVar("Body", bound=GenerationBody)
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 async def read(request: web.Request, type_: type[Body]) -> Body:

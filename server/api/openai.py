@@ -210,7 +210,14 @@ def _head(served: Served, prefix: str) -> _Head:
 def _model(service: Service, model: fleet.Offer) -> Model:
     served = service.roster.loaded(model.name)
     context = model.context if served is None else served.context
-    return Model(id=model.name, created=model.created, max_model_len=context, state=model.state, reason=model.reason or None)
+    return Model(
+        id=model.name,
+        created=model.created,
+        max_model_len=context,
+        state=model.state,
+        reason=model.reason or None,
+        task=model.task,
+    )
 
 
 async def _prompt(served: Served, prompt: str | list[str | int]) -> list[int]:
