@@ -60,18 +60,19 @@ class Text:
         _check_characters(text)
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
 
+    @property
+    def special_tokens(self) -> int:
+        """How many tokens `encode` puts around a text."""
+        return self._tokenizer.num_special_tokens_to_add(False)
+
     def encode_within(self, text: str, most: int) -> list[int]:
         """`encode` cut to `most` tokens: of the text itself the end goes, the special tokens around it stay.
 
-        Raises TextError where there is no room for these, or as `encode` does.
+        `most` is more than `special_tokens`. Raises TextError as `encode` does.
         """
         _check_characters(text)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        room = most - self._tokenizer.num_special_tokens_to_add(False)
-        if room < 1:
-            raise TextError(f"{most} tokens are too few: {most - room} of them are the special ones around a text")
-        if len(encoding.ids) > room:
-            encoding.truncate(room)
+        encoding.truncate(most - self.special_tokens)
         ids: list[int] = self._tokenizer.post_process(encoding, None, True).ids
         return ids
 

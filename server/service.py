@@ -63,16 +63,14 @@ class Service:
             raise unavailable(f"No model for {task} can be served: there is no bundle. Build one with: engineshed export")
         return first.name
 
-    def model(self, name: str, task: Task | None = None) -> Offer:
-        """The model of that name; raises ApiError 404, or 400 where it is not for `task`."""
+    def model(self, name: str) -> Offer:
+        """The model of that name; raises ApiError 404."""
         model = self.roster.model(name)
         if model is None:
             there = ", ".join(repr(model.name) for model in self.roster.models) or "none"
             raise ApiError(
                 404, f"The model {name!r} does not exist; this server has {there}.", param="model", code="model_not_found"
             )
-        if task is not None and model.task != task and model.state != "refused":  # of a damaged bundle nobody knows
-            raise mismatch(model.name, model.task)
         return model
 
     async def server_status(self) -> Status:
@@ -92,7 +90,7 @@ class Service:
         """
         if self.draining:
             raise unavailable("The server is shutting down.")
-        chosen = self.default(task) if name is None else self.model(name, task).name
+        chosen = self.default(task) if name is None else _suited(self.model(name), task).name
         limits = [seconds for seconds in (self.limits.queue_seconds, self.limits.total_seconds) if seconds]
         async with self.roster.lease(chosen, min(limits, default=self.patience)) as served:
             yield served, self._left(time.perf_counter() - request[ENTRY].arrived)
@@ -110,6 +108,13 @@ _ROUTES: dict[Task, str] = {
     "text-generation": "generates text, for /v1/chat/completions, /v1/completions and /v1/generate",
     "feature-extraction": "gives embeddings, for /v1/embeddings",
 }
+
+
+def _suited(model: Offer, task: Task) -> Offer:
+    """`model` itself; raises ApiError 400 where it is not for `task`."""
+    if model.task != task and model.state != "refused":  # what a damaged bundle is for, nobody knows
+        raise mismatch(model.name, model.task)
+    return model
 
 
 def mismatch(name: str, task: Task) -> ApiError:

@@ -122,10 +122,15 @@ async def _tokens(served: Embedder, texts: list[str] | list[list[int]], truncate
     longest = served.context
     if truncate == 0 or (truncate is not None and truncate > longest):
         raise bad_request(
-            f"The value of 'truncate_prompt_tokens' is {truncate}; it is -1, or 1 to the {longest} tokens that the model takes.",
+            f"The value of 'truncate_prompt_tokens' is {truncate}; it is -1, or 1 to {longest}, as many as the model takes.",
             "truncate_prompt_tokens",
         )
     most = longest if truncate == -1 else truncate
+    if most is not None and most <= served.text.special_tokens and isinstance(texts[0], str):
+        raise bad_request(
+            f"The value of 'truncate_prompt_tokens' leaves no room: {served.text.special_tokens} tokens stand around each text.",
+            "truncate_prompt_tokens",
+        )
     words = [text for text in texts if isinstance(text, str)]
     if words:
         inputs = await served.tokenize_all(words, most)
