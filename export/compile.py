@@ -28,7 +28,7 @@ _KV_TYPES: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
     torch.bfloat16: "bfloat16",
 }
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_PACKAGES = ("torch", "transformers", "optimum", "onnxscript", "onnx-ir")
+PACKAGES = ("torch", "transformers", "optimum", "onnxscript", "onnx-ir")
 _ALIGNMENT = 8
 """Rows that a plan's slots are rounded up to."""
 
@@ -167,7 +167,7 @@ class Compiler:
             model=files[0].path,
             files=files,
             layers=tuple(bundle.Layer(x.index, x.kv_heads, x.key_dim, x.value_dim) for x in self.seen.layers),
-            builder=", ".join(f"{name} {version(name)}" for name in _PACKAGES),
+            builder=", ".join(f"{name} {version(name)}" for name in PACKAGES),
             attention=_attention(self.seen),
             opset=graph.OPSET,
             step_bytes=step_bytes,

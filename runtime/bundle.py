@@ -75,6 +75,9 @@ class Verification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tokens compared."""
     equal: int
     """Tokens that were the reference's own; in a quantized variant each is judged after the engine's own past."""
+    cosine: float | None = None
+    """Of a model for embeddings, whose texts are counted above in place of tokens: the least cosine between the engine's and
+    the reference's embedding of a text."""
 
 
 class Perplexity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,6 +116,19 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Path of the ONNX file that `Variant.model` was built from."""
     sampler_source: str
     """Path of the ONNX file that `Variant.sampler` was built from."""
+
+
+class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What there is to know of a model for embeddings."""
+
+    dimensions: int
+    """Numbers of an embedding."""
+    normalized: bool
+    """Whether embeddings come out at length 1."""
+    heads: int
+    """Attention heads of a layer: a batch's scores are [texts, heads, seq, seq] float32."""
+    width: int
+    """Numbers of a token's widest activation."""
 
 
 class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -179,6 +195,8 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
     """None where the model was not made for tools."""
     pooling: Pooling | None = None
     """Of a model for embeddings."""
+    encoder: Encoder | None = None
+    """Of a model for embeddings, and of no other."""
 
     @cached_property
     def by_name(self) -> dict[str, Variant]:

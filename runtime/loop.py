@@ -167,6 +167,10 @@ class Loop:
         """Tokens in the held slots."""
         return sum(sequence.computed for sequence in self.slots.held)
 
+    def check(self) -> None:
+        """While nothing runs: raise RuntimeError if the slots' books are not in order."""
+        self.slots.check()
+
     # What front ends ask for ---------------------------------------------------------------------------------------
 
     def submit(self, owner: bytes, request: Generate) -> Refused | None:

@@ -44,7 +44,7 @@ class OrtEngine:
         self.many_cost = _MANY_COST.get(variant.precision, 0.2)
         self.row_cost = _ROW_COST.get(variant.precision, 0.13)
         self.step_cost = _BYTE_COST.get(variant.precision, 2.0) * (variant.step_bytes or variant.size)
-        self._session = _session(folder / variant.model, threads)
+        self._session = session(folder / variant.model, threads)
         self._input_names = {node.name for node in self._session.get_inputs()}
         dtype = np.dtype(_KV_TYPES[variant.kv_dtype])
         _check_memory(variant, slots, context)
@@ -184,8 +184,13 @@ def start(folder: Path, manifest: Bundle, variant: Variant, *, slots: int, conte
             others.result()  # Where the engine failed, too, the damaged file is the reason.
 
 
-def _session(path: Path, threads: int) -> ort.InferenceSession:
+def session(path: Path, threads: int, *, plan_memory: bool = True) -> ort.InferenceSession:
+    """ONNX Runtime's session of the graph at `path` on the CPU. Raises EngineError.
+
+    `plan_memory` keeps a plan of the memory for each shape that inputs come in.
+    """
     options = ort.SessionOptions()
+    options.enable_mem_pattern = plan_memory
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
     options.log_severity_level = 3

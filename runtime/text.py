@@ -62,13 +62,24 @@ class Text:
         A special token that is spelled out in `text` becomes that token, as in transformers. Raises TextError where `text` has
         half of a surrogate pair, which has no UTF-8.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TextError(
-                f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X}); send whole characters"
-            ) from None
+        _check_characters(text)
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
+
+    @property
+    def special_tokens(self) -> int:
+        """How many tokens `encode` puts around a text."""
+        return self._tokenizer.num_special_tokens_to_add(False)
+
+    def encode_within(self, text: str, most: int) -> list[int]:
+        """`encode` cut to `most` tokens: of the text itself the end goes, the special tokens around it stay.
+
+        `most` is more than `special_tokens`. Raises TextError as `encode` does.
+        """
+        _check_characters(text)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding.truncate(most - self.special_tokens)
+        ids: list[int] = self._tokenizer.post_process(encoding, None, True).ids
+        return ids
 
     def chat(
         self,
@@ -260,6 +271,16 @@ class _Pieces:
         if self._byte_fallback and (byte := _BYTE_TOKEN.fullmatch(token)):
             return bytes.fromhex(byte[1])
         return None
+
+
+def _check_characters(text: str) -> None:
+    """Raise TextError where `text` has half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X}); send whole characters"
+        ) from None
 
 
 def _byte_alphabet() -> dict[str, int]:

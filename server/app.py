@@ -10,7 +10,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from runtime import logs
 from server import cors, journal
 from server.access import ACCESS, CLIENT, Access, Client, identify
-from server.api import admin, chat, completions, generate, models, openapi
+from server.api import admin, chat, completions, embeddings, generate, models, openapi
 from server.api.bodies import MAX_BODY
 from server.api.streaming import CLIENT_GONE
 from server.errors import ApiError
@@ -35,6 +35,7 @@ def build(service: Service, access: Access | None = None) -> web.Application:
             web.post("/v1/chat/completions", chat.chat_completions),
             web.post("/v1/completions", completions.completions),
             web.post("/v1/generate", generate.generate),
+            web.post("/v1/embeddings", embeddings.embeddings),
             web.get("/v1/models", models.models),
             web.get("/v1/models/{id:.+}", models.model),
             web.get("/healthz", health),

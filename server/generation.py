@@ -108,8 +108,8 @@ class Generation:
         while not text and not calls and self.finish_reason is None:
             try:
                 rows = await self._answer.rows()
-            except _ENDINGS as error:
-                raise _told(error) from None
+            except ENDINGS as error:
+                raise told(error) from None
             for row in rows:
                 new = self._take(row)
                 if self._parser is None:
@@ -173,11 +173,11 @@ class Generation:
         self._metrics.generated_tokens.inc(tokens)
 
 
-_ENDINGS = (RequestRefusedError, EngineUnavailableError, RequestFailedError, RequestTimedOutError, SlowReaderError)
+ENDINGS = (RequestRefusedError, EngineUnavailableError, RequestFailedError, RequestTimedOutError, SlowReaderError)
 
 
-def _told(error: Exception) -> ApiError:
-    """What the client is told of an answer that ended without a finish reason, by one of `_ENDINGS`."""
+def told(error: Exception) -> ApiError:
+    """What the client is told of an answer that ended without a finish reason, by one of `ENDINGS`."""
     match error:
         case RequestRefusedError(reason="queue full"):
             return ApiError(429, str(error), code="queue_full", headers={"Retry-After": "1"})

@@ -16,6 +16,7 @@ from server.access import METRICS, OPEN
 from server.api.admin import ModelStatus, ServerStatus
 from server.api.answers import ChatChunk, ChatCompletion, Completion, Model, ModelList
 from server.api.bodies import MAX_BODY, GenerateBody
+from server.api.embeddings import EmbeddingBody, EmbeddingList
 from server.api.generate import NDJSON, LastLine, Line
 from server.api.openai_bodies import ChatBody, CompletionBody
 from server.errors import ErrorBody
@@ -78,6 +79,7 @@ _OUTCOMES = {
 """When each status other than 200 comes."""
 
 _GENERATING = (404, 408, 429, 500, 503, 504)
+_EMBEDDING = (404, 429, 500, 503, 504)
 _CHUNKS = "Server-sent events, the data of each JSON but for the last, [DONE]. What goes wrong on the way is an event `error`."
 _MODEL_NAME: Schema = {
     "name": "name",
@@ -112,6 +114,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         },
         body=GenerateBody,
         errors=_GENERATING,
+    ),
+    ("POST", "/v1/embeddings"): Operation(
+        "embeddings", "Give the embedding of each input.", {JSON: EmbeddingList}, body=EmbeddingBody, errors=_EMBEDDING
     ),
     ("GET", "/v1/models"): Operation("models", "List the models.", {JSON: ModelList}),
     ("GET", "/v1/models/{id}"): Operation("model", "Describe a model.", {JSON: Model}, parameters=(_MODEL_ID,), errors=(404,)),
