@@ -7,9 +7,10 @@ from aiohttp import hdrs, web
 
 from server.errors import forbidden, unauthorized
 from server.keys import Keys
+from server.page.site import PATHS
 
-OPEN = ("/healthz", "/readyz")
-"""Routes that need no key: they say nothing but whether the server works."""
+OPEN = ("/healthz", "/readyz", *PATHS)
+"""Routes that need no key: they say nothing but whether the server works, or are the page, which is the same everywhere."""
 METRICS = "/metrics"
 
 

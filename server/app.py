@@ -16,6 +16,7 @@ from server.api.streaming import CLIENT_GONE
 from server.errors import ApiError
 from server.journal import STATUS
 from server.metrics import CONTENT_TYPE
+from server.page import site
 from server.service import SERVICE, Service
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def build(service: Service, access: Access | None = None) -> web.Application:
             web.post("/admin/models/{name}/load", admin.load),
             web.post("/admin/models/{name}/unload", admin.unload),
             web.post("/admin/models/{name}/reload", admin.reload),
+            *site.routes(),
         ]
     )
     return app

@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import web
 
 from server.access import METRICS, OPEN
+from server.api import field_docs
 from server.api.admin import ModelStatus, ServerStatus
 from server.api.answers import ChatChunk, ChatCompletion, Completion, Model, ModelList
 from server.api.bodies import MAX_BODY, GenerateBody
@@ -21,6 +22,7 @@ from server.api.generate import NDJSON, LastLine, Line
 from server.api.openai_bodies import ChatBody, CompletionBody
 from server.errors import ErrorBody
 from server.journal import HEADER
+from server.page import site
 
 VERSION = "1"
 """Of the interface: the number in its paths."""
@@ -28,6 +30,7 @@ VERSION = "1"
 JSON = "application/json"
 SSE = "text/event-stream"
 TEXT = "text/plain"
+HTML = "text/html"
 
 Schema = dict[str, Any]
 
@@ -67,7 +70,7 @@ _OUTCOMES = {
     "context; `param` names the field.",
     401: "An API key is needed, and none or an unknown one was sent.",
     403: "The key is no admin key.",
-    404: "There is no such model.",
+    404: "There is no such model or file.",
     408: "The client read too slowly, and the answer was given up.",
     409: "It cannot be done; the message says why.",
     413: f"The body is larger than {MAX_BODY} bytes.",
@@ -139,6 +142,16 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         )
     },
     ("GET", "/openapi.json"): Operation("openapi", "This description.", {JSON: Stream("OpenAPI 3.1.")}),
+    ("GET", site.INDEX): Operation("page", "The page: a playground, and the engines live.", {HTML: Stream("The page.")}),
+    ("GET", site.DOCS): Operation("docs", "This description, to read.", {HTML: Stream("The page.")}),
+    ("GET", site.ICON): Operation("icon", "The page's icon.", {site.MEDIA[".svg"]: Stream("The icon.")}),
+    ("GET", site.FILES): Operation(
+        "part",
+        "A file that these pages are made of.",
+        {media: Stream("The file.") for media in site.MEDIA.values()},
+        parameters=({**_MODEL_NAME, "name": "file", "description": "The file's name."},),
+        errors=(404,),
+    ),
 }
 """Every route, by method and path. HEAD goes where GET does."""
 
@@ -154,6 +167,7 @@ def document() -> Schema:
         {type_ for operation in OPERATIONS.values() for type_ in _types(operation)}, key=lambda type_: type_.__name__
     )
     _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    field_docs.describe(types, schemas)
     paths: dict[str, Schema] = {}
     for (method, path), operation in OPERATIONS.items():
         paths.setdefault(path, {})[method.lower()] = _operation(path, operation)
