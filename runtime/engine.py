@@ -16,6 +16,10 @@ MOST_ALTERNATIVES = 20
 """What `Draw.alternatives` may be at most; `runtime.messages` has it, too, which a bare GPU machine cannot import."""
 
 
+MOST_NAMED = 1024
+"""Tokens of a row that `Draw.adjustments` may change beside those that stand in the row's slot."""
+
+
 class EngineError(Exception):
     """The engine cannot be loaded or run; the message says what to do."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runtime.engine import Draw, Int32
+from runtime.engine import MOST_NAMED, Draw, Int32
 from runtime.messages import MOST_ALTERNATIVES, Generate, Sampling
 from runtime.penalties import BAN, Changes, together
 from runtime.sequence import Sequence
@@ -98,6 +98,9 @@ def flaw(request: Generate, vocab_size: int) -> str | None:
             return f"{name} is {value}; it is a number of at most {BAN:g}"
     if not sampling.repetition_penalty >= 1 / BAN:
         return f"repetition_penalty is {sampling.repetition_penalty}; it is more than 0"
+    named = len(sampling.logit_bias) + len(request.stop_ids)
+    if named > MOST_NAMED:
+        return f"logit_bias and stop_ids name {named} tokens together; they name at most {MOST_NAMED}"
     for token, bias in sampling.logit_bias.items():
         if not 0 <= token < vocab_size:
             return f"logit_bias names token {token}, which is outside the vocabulary of {vocab_size}"
