@@ -128,6 +128,10 @@ class Text:
         id = self._tokenizer.token_to_id(token)
         return id if id in self._pieces.special else None
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, as the tokenizer itself has it; special tokens spelled out."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+
     def token_text(self, id: int) -> str:
         """What the token adds to a text; special tokens spelled out, bytes that are no whole character as U+FFFD."""
         return self.token_bytes(id).decode(errors="replace")
@@ -140,17 +144,22 @@ class Text:
 class TextStream:
     """The text of one answer, as its tokens come."""
 
-    stopped: bool
-    """A stop string is complete: the text before it has been returned and there will be no more."""
+    stop: str | None
+    """The stop string that is complete: the text before it has been returned and there will be no more."""
 
     def __init__(self, pieces: "_Pieces", stop: Sequence[str], keep: frozenset[int] = frozenset()) -> None:
-        self.stopped = False
+        self.stop = None
         self._pieces = pieces
         self._keep = keep
         self._first = True
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = [_Stop(text) for text in stop]
         self._held = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self.stop is not None
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that `tokens` made certain: whole characters, none of which can belong to a stop string."""
@@ -188,11 +197,10 @@ class TextStream:
         if not self._stops:
             return new
         text = self._held + new
-        completed = [(end, -len(stop.text)) for stop in self._stops if (end := stop.advance(new)) is not None]
+        completed = [(end, -len(stop.text), stop.text) for stop in self._stops if (end := stop.advance(new)) is not None]
         if completed:
-            end, negative_length = min(completed)
+            end, negative_length, self.stop = min(completed)
             certain = len(self._held) + end + negative_length
-            self.stopped = True
             self._held = ""
         else:
             certain = len(text) - max(stop.matched for stop in self._stops)

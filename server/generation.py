@@ -53,6 +53,8 @@ class Piece(msgspec.Struct, frozen=True):
     """With each token the likeliest ones in its place, if they were asked for; see `runtime.messages.Row.tops`."""
     scored: list[Scored] = []
     """In the first piece of an answer whose prompt is to be scored: the prompt's tokens from the second on."""
+    stop: str | None = None
+    """In an answer's last piece: the stop string before which it ended."""
 
 
 class Generation:
@@ -117,7 +119,7 @@ class Generation:
                     text += new
                 else:
                     text += self._read(self._parser, new, calls)
-        piece = Piece(text, self._tokens, self._logprobs, self._reason(), 0, calls, self._tops, self._scored)
+        piece = Piece(text, self._tokens, self._logprobs, self._reason(), 0, calls, self._tops, self._scored, self._text.stop)
         self._tokens, self._logprobs, self._tops, self._scored = [], [], [], []
         return piece
 
