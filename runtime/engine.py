@@ -16,6 +16,10 @@ MOST_ALTERNATIVES = 20
 """What `Draw.alternatives` may be at most; `runtime.messages` has it, too, which a bare GPU machine cannot import."""
 
 
+MOST_NAMED = 1024
+"""Tokens of a row that `Draw.adjustments` may change beside those that stand in the row's slot."""
+
+
 class EngineError(Exception):
     """The engine cannot be loaded or run; the message says what to do."""
 
@@ -108,6 +112,8 @@ class Engine(Protocol):
     """How long a step with one row takes, in a unit that is the same for all engines of a machine."""
     chunk: int
     """Prompt tokens that a step should take, at most."""
+    rows: int
+    """Logit rows that a step should have, at most."""
     runs_ahead: bool
     """The engine makes use of `ahead`."""
 

@@ -33,6 +33,7 @@ class Penalties:
         sampling = request.sampling
         self._frequency, self._presence = sampling.frequency_penalty, sampling.presence_penalty
         self._repetition, self._min_tokens = sampling.repetition_penalty, request.min_tokens
+        self._biased = bool(sampling.logit_bias)
         self._counts: Counter[int] = Counter()
         """How often the answer has each token."""
         self._said = 0
@@ -42,10 +43,12 @@ class Penalties:
         self._ids, self._bias = np.zeros(_ROOM, np.int64), np.zeros(_ROOM, np.float32)
         self._scale, self._penalty = np.ones(_ROOM, np.float32), np.zeros(_ROOM, np.float32)
         for token, bias in sampling.logit_bias.items():
-            self._bias[self._place(token)] = bias
+            place = self._place(token)  # which may put longer arrays into these arrays' places
+            self._bias[place] = bias
         if self._repetition != 1:
             for token in set(request.prompt):
-                self._scale[self._place(token)] = self._repetition
+                place = self._place(token)
+                self._scale[place] = self._repetition
         early = set(request.stop_ids) if self._min_tokens > 0 else set()
         self._stops = np.array([self._place(token) for token in sorted(early) if 0 <= token < vocab_size], np.int64)
         """Places of the stop tokens that must not come too early."""
@@ -58,7 +61,7 @@ class Penalties:
     @property
     def over(self) -> bool:
         """Nothing is changed from now on."""
-        return self._said >= self._min_tokens and len(self._places) == len(self._stops) and not self._penalizes
+        return self._said >= self._min_tokens and not self._biased and not self._penalizes
 
     def take(self, token: int) -> None:
         """`token` is the answer's next."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runtime.engine import Draw, Int32
+from runtime.engine import MOST_NAMED, Draw, Int32
 from runtime.messages import MOST_ALTERNATIVES, Generate, Sampling
 from runtime.penalties import BAN, Changes, together
 from runtime.sequence import Sequence
@@ -51,13 +51,7 @@ def _unmasked(places: list[Place], tell: bool) -> Draw:
         top_k=np.array([s.top_k for s in settings], np.int64),
         top_p=np.array([s.top_p for s in settings], np.float32),
         min_p=np.array([s.min_p for s in settings], np.float32),
-        uniform=np.array(
-            [
-                uniform(place.sequence.request.sampling.seed, len(place.sequence.tokens) + len(place.guesses))
-                for place in places
-            ],
-            np.float32,
-        ),
+        uniform=np.array([_uniform(place) for place in places], np.float32),
         forced=np.array([place.forced for place in places], np.int64),
         adjustments=together([_changes(place) for place in places]) if penalties else None,
         alternatives=alternatives,
@@ -98,6 +92,9 @@ def flaw(request: Generate, vocab_size: int) -> str | None:
             return f"{name} is {value}; it is a number of at most {BAN:g}"
     if not sampling.repetition_penalty >= 1 / BAN:
         return f"repetition_penalty is {sampling.repetition_penalty}; it is more than 0"
+    named = len(sampling.logit_bias) + len(request.stop_ids)
+    if named > MOST_NAMED:
+        return f"logit_bias and stop_ids name {named} tokens together; they name at most {MOST_NAMED}"
     for token, bias in sampling.logit_bias.items():
         if not 0 <= token < vocab_size:
             return f"logit_bias names token {token}, which is outside the vocabulary of {vocab_size}"

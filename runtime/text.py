@@ -29,7 +29,9 @@ class TextError(Exception):
 class Text:
     """The text side of one bundle. It holds no state of a request: one serves any number of them."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None, folder: Path = Path()) -> None:
+        """`folder` is the bundle's."""
+        self.folder = folder
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -44,7 +46,7 @@ class Text:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises nothing more specific.
             raise BundleError(f"{path} cannot be read ({error}); export the model again") from error
-        return cls(tokenizer, _template(folder / TEMPLATE, bundle, tokenizer))
+        return cls(tokenizer, _template(folder / TEMPLATE, bundle, tokenizer), folder)
 
     @property
     def has_template(self) -> bool:
@@ -62,13 +64,24 @@ class Text:
         A special token that is spelled out in `text` becomes that token, as in transformers. Raises TextError where `text` has
         half of a surrogate pair, which has no UTF-8.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TextError(
-                f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X}); send whole characters"
-            ) from None
+        _check_characters(text)
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
+
+    @property
+    def special_tokens(self) -> int:
+        """How many tokens `encode` puts around a text."""
+        return self._tokenizer.num_special_tokens_to_add(False)
+
+    def encode_within(self, text: str, most: int) -> list[int]:
+        """`encode` cut to `most` tokens: of the text itself the end goes, the special tokens around it stay.
+
+        `most` is more than `special_tokens`. Raises TextError as `encode` does.
+        """
+        _check_characters(text)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding.truncate(most - self.special_tokens)
+        ids: list[int] = self._tokenizer.post_process(encoding, None, True).ids
+        return ids
 
     def chat(
         self,
@@ -115,6 +128,10 @@ class Text:
         id = self._tokenizer.token_to_id(token)
         return id if id in self._pieces.special else None
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, as the tokenizer itself has it; special tokens spelled out."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+
     def token_text(self, id: int) -> str:
         """What the token adds to a text; special tokens spelled out, bytes that are no whole character as U+FFFD."""
         return self.token_bytes(id).decode(errors="replace")
@@ -127,17 +144,22 @@ class Text:
 class TextStream:
     """The text of one answer, as its tokens come."""
 
-    stopped: bool
-    """A stop string is complete: the text before it has been returned and there will be no more."""
+    stop: str | None
+    """The stop string that is complete: the text before it has been returned and there will be no more."""
 
     def __init__(self, pieces: "_Pieces", stop: Sequence[str], keep: frozenset[int] = frozenset()) -> None:
-        self.stopped = False
+        self.stop = None
         self._pieces = pieces
         self._keep = keep
         self._first = True
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = [_Stop(text) for text in stop]
         self._held = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self.stop is not None
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that `tokens` made certain: whole characters, none of which can belong to a stop string."""
@@ -175,11 +197,10 @@ class TextStream:
         if not self._stops:
             return new
         text = self._held + new
-        completed = [(end, -len(stop.text)) for stop in self._stops if (end := stop.advance(new)) is not None]
+        completed = [(end, -len(stop.text), stop.text) for stop in self._stops if (end := stop.advance(new)) is not None]
         if completed:
-            end, negative_length = min(completed)
+            end, negative_length, self.stop = min(completed)
             certain = len(self._held) + end + negative_length
-            self.stopped = True
             self._held = ""
         else:
             certain = len(text) - max(stop.matched for stop in self._stops)
@@ -260,6 +281,16 @@ class _Pieces:
         if self._byte_fallback and (byte := _BYTE_TOKEN.fullmatch(token)):
             return bytes.fromhex(byte[1])
         return None
+
+
+def _check_characters(text: str) -> None:
+    """Raise TextError where `text` has half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X}); send whole characters"
+        ) from None
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -53,6 +53,8 @@ class Piece(msgspec.Struct, frozen=True):
     """With each token the likeliest ones in its place, if they were asked for; see `runtime.messages.Row.tops`."""
     scored: list[Scored] = []
     """In the first piece of an answer whose prompt is to be scored: the prompt's tokens from the second on."""
+    stop: str | None = None
+    """In an answer's last piece: the stop string before which it ended."""
 
 
 class Generation:
@@ -104,19 +106,20 @@ class Generation:
         """The next piece, as soon as it shows something."""
         if self.finish_reason is not None:
             raise StopAsyncIteration
-        text, calls = "", list[CallStarted | Arguments]()
+        text = ""
+        calls: list[CallStarted | Arguments] = []
         while not text and not calls and self.finish_reason is None:
             try:
                 rows = await self._answer.rows()
-            except _ENDINGS as error:
-                raise _told(error) from None
+            except ENDINGS as error:
+                raise told(error) from None
             for row in rows:
                 new = self._take(row)
                 if self._parser is None:
                     text += new
                 else:
                     text += self._read(self._parser, new, calls)
-        piece = Piece(text, self._tokens, self._logprobs, self._reason(), 0, calls, self._tops, self._scored)
+        piece = Piece(text, self._tokens, self._logprobs, self._reason(), 0, calls, self._tops, self._scored, self._text.stop)
         self._tokens, self._logprobs, self._tops, self._scored = [], [], [], []
         return piece
 
@@ -173,11 +176,11 @@ class Generation:
         self._metrics.generated_tokens.inc(tokens)
 
 
-_ENDINGS = (RequestRefusedError, EngineUnavailableError, RequestFailedError, RequestTimedOutError, SlowReaderError)
+ENDINGS = (RequestRefusedError, EngineUnavailableError, RequestFailedError, RequestTimedOutError, SlowReaderError)
 
 
-def _told(error: Exception) -> ApiError:
-    """What the client is told of an answer that ended without a finish reason, by one of `_ENDINGS`."""
+def told(error: Exception) -> ApiError:
+    """What the client is told of an answer that ended without a finish reason, by one of `ENDINGS`."""
     match error:
         case RequestRefusedError(reason="queue full"):
             return ApiError(429, str(error), code="queue_full", headers={"Retry-After": "1"})

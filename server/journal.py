@@ -10,6 +10,7 @@ from typing import Protocol
 from aiohttp import web
 
 from runtime import logs
+from server.page.site import PATHS
 
 HEADER = "X-Request-Id"
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -96,5 +97,5 @@ def mark(request: web.Request, response: web.StreamResponse) -> None:
 
 
 def _level(route: str, status: int) -> int:
-    """Debug for the answers to those who ask every few seconds whether all is well."""
-    return logging.DEBUG if route in ("/healthz", "/readyz", "/metrics") and status < 400 else logging.INFO
+    """Debug for the answers to those who ask every few seconds whether all is well, and for the page's many files."""
+    return logging.DEBUG if route in ("/healthz", "/readyz", "/metrics", *PATHS) and status < 400 else logging.INFO

@@ -42,6 +42,7 @@ class Served:
         """Set when no engine will answer any more."""
         self.tools = format_of(bundle.tools, text.special_id)
         """How the model writes calls."""
+        self._vocabulary = constraints.vocabulary(text.folder, bundle)
         self._variant = variant
         self._replicas = replicas
         self._metrics = metrics
@@ -66,11 +67,11 @@ class Served:
         connection = least_busy(self._replicas)
         return self.bundle.max_length if connection is None else connection[1].context
 
-    def check_tokens(self, tokens: list[int]) -> None:
-        """Raise ApiError 400 if one of a prompt's `tokens` is not in the vocabulary."""
+    def check_tokens(self, tokens: list[int], *, of: str = "prompt") -> None:
+        """Raise ApiError 400 if one of the `tokens` in the body's field `of` is not in the vocabulary."""
         for token in tokens:
             if not 0 <= token < self.bundle.vocab_size:
-                raise bad_request(f"The prompt's token {token} is not between 0 and {self.bundle.vocab_size - 1}.", "prompt")
+                raise bad_request(f"The token {token} in {of!r} is not between 0 and {self.bundle.vocab_size - 1}.", of)
 
     def _check_ids(self, of: str, tokens: Iterable[int]) -> None:
         for token in tokens:
@@ -119,7 +120,7 @@ class Served:
         self._check_ids("logit_bias", asked.sampling.logit_bias)
         self._check_ids("stop_token_ids", asked.stop_ids)
         if asked.constraint is not None:
-            await constraints.check(asked.constraint, self.text, of=asked.form)
+            await constraints.check(asked.constraint, self._vocabulary, of=asked.form)
         starts = [
             [
                 partial(self._generate, request, prompt, asked, nth, of, limits, prediction, calling)

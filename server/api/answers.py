@@ -5,6 +5,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from runtime.bundle import Task
 from runtime.text import Text
 from server.choices import Whole
 from server.fleet import ModelState
@@ -184,6 +185,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     """cold: it is loaded when it is asked for; quarantined: it crashed too often, and is not loaded again by itself."""
     reason: str | None = None
     """Why it is waiting, quarantined or refused."""
+    task: Task = "text-generation"
+    """What it is for: answers, or embeddings (feature-extraction)."""
     object: Literal["model"] = "model"
     owned_by: str = "engineshed"
 

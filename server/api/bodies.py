@@ -163,14 +163,19 @@ class GenerateBody(GenerationBody, frozen=True, kw_only=True):
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 
-async def read(request: web.Request, type_: type[Body]) -> Body:
-    """The request's body as a `type_`; raises ApiError 400 that names the field at fault."""
+async def read(request: web.Request, type_: type[Body], normal: Callable[[Any], Any] | None = None) -> Body:
+    """The request's body as a `type_`; raises ApiError 400 that names the field at fault.
+
+    `normal` puts JSON that may be written in several ways into the one that `type_` has.
+    """
     try:
         raw = await request.read()
     except web.RequestPayloadError as error:
         raise bad_request(f"The body cannot be read: {error}.") from None
     try:
-        return msgspec.json.decode(raw, type=type_)
+        if normal is None:
+            return msgspec.json.decode(raw, type=type_)
+        return msgspec.convert(normal(msgspec.json.decode(raw)), type_)
     except msgspec.ValidationError as error:
         message, param = _explain(str(error))
         raise bad_request(message, param) from None

@@ -23,4 +23,11 @@ async def model(request: web.Request) -> web.Response:
 def _model(service: Service, model: fleet.Offer) -> Model:
     served = service.roster.loaded(model.name)
     context = model.context if served is None else served.context
-    return Model(id=model.name, created=model.created, max_model_len=context, state=model.state, reason=model.reason or None)
+    return Model(
+        id=model.name,
+        created=model.created,
+        max_model_len=context,
+        state=model.state,
+        reason=model.reason or None,
+        task=model.task,
+    )

@@ -94,7 +94,8 @@ def test_penalties_end_a_repetition_and_a_reward_begins_one(client: Any) -> None
         answer = client.completions.create(
             model=MODEL, prompt="na na na na na na na na na na na", temperature=0, max_tokens=24, extra_body=fields
         )
-        return answer.choices[0].text.split()
+        written: str = answer.choices[0].text
+        return written.split()
 
     plain = words().count("na")
     assert plain > 4
