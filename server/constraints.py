@@ -17,7 +17,8 @@ def json_object() -> Constraint:
 
 def json_schema(schema: Any, *, of: str) -> Constraint:
     """What a schema allows; `of` is the body's field."""
-    return Constraint("json_schema", msgspec.json.encode(schema).decode())
+    # llguidance has no place for its options in the schema `true`, which allows the same.
+    return Constraint("json_schema", msgspec.json.encode({} if schema is True else schema).decode())
 
 
 def regex(pattern: str, *, of: str) -> Constraint:
