@@ -54,7 +54,14 @@ _JSON: "JsonCompileOptions" = {
 """JSON stands on one line, with a blank behind commas and colons or without. Where any whitespace is allowed, a small model
 that has lost its way writes blanks and line ends until max_tokens, all of them valid, and hardly a token is certain any more.
 What cannot be enforced is refused rather than ignored, so that an answer fits its schema."""
-_PLAINLY = {"NoExtensionBias": "no text can meet it"}
+_PLAINLY = {
+    "NoExtensionBias": "no text can meet it",
+    "oneOf constraints are not supported": "oneOf is taken only where its alternatives exclude one another plainly; use anyOf",
+    "lexer precomputation failed": "it is too complex",
+    # Text that is certain is tokenized, and what spells a special token out becomes that token.
+    'Parser Error: token "': "it demands a text that is the name of one of the model's special tokens",
+}
+"""What llguidance's messages mean, by how they begin."""
 
 
 class GrammarError(Exception):
@@ -127,7 +134,7 @@ def flaw(grammar: "LLMatcher") -> str:
     of_regex = next((line for line in lines if line.startswith("error: ")), None)
     if of_regex is not None:
         return of_regex.removeprefix("error: ")
-    return _PLAINLY.get(lines[0], lines[0])
+    return next((plain for start, plain in _PLAINLY.items() if lines[0].startswith(start)), lines[0])
 
 
 class Masks:

@@ -29,7 +29,9 @@ class TextError(Exception):
 class Text:
     """The text side of one bundle. It holds no state of a request: one serves any number of them."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None, folder: Path = Path()) -> None:
+        """`folder` is the bundle's."""
+        self.folder = folder
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -44,7 +46,7 @@ class Text:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises nothing more specific.
             raise BundleError(f"{path} cannot be read ({error}); export the model again") from error
-        return cls(tokenizer, _template(folder / TEMPLATE, bundle, tokenizer))
+        return cls(tokenizer, _template(folder / TEMPLATE, bundle, tokenizer), folder)
 
     @property
     def has_template(self) -> bool:

@@ -1,7 +1,7 @@
 """The answers to one request, of which there may be several: one stream of pieces, each with its answer's index."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -104,9 +104,9 @@ class Choices:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def __aiter__(self) -> "Choices":
+    def __aiter__(self) -> AsyncIterator[Piece]:
         """The pieces, once; those of one answer in their order."""
-        return self
+        return self if self._tasks else self._generations[0]  # which spares a lone answer a coroutine a piece
 
     async def __anext__(self) -> Piece:
         """The next piece of any answer; raises ApiError where one of them ends without a finish reason."""

@@ -90,13 +90,15 @@ async def tokenize(served: Served, chat: Chat) -> list[int]:
 
 
 def _calling(chat: Chat, format: Format) -> Asked:
-    """How an answer is made that may call tools: one that must is constrained to calls."""
-    of = chat.fields.tools
+    """How an answer is made that may call tools: calls that must come, or must be valid, are constrained to their schemas."""
+    of, tools = chat.fields.tools, chat.callable
     match chat.choice:
         case Named(name):
-            grammar = format.grammar(chat.callable, name=name, parallel=False)
+            grammar = format.grammar(tools, name=name)
         case "required":
-            grammar = format.grammar(chat.callable, parallel=chat.parallel)
+            grammar = format.grammar(tools, parallel=chat.parallel)
+        case _ if any(tool.strict for tool in tools) and chat.asked.constraint is None:
+            grammar = format.grammar(tools, required=False, parallel=chat.parallel)
         case _:
             return chat.asked
     return msgspec.structs.replace(chat.asked, constraint=constraints.lark(grammar, of=of), form=of)

@@ -106,7 +106,8 @@ class Generation:
         """The next piece, as soon as it shows something."""
         if self.finish_reason is not None:
             raise StopAsyncIteration
-        text, calls = "", list[CallStarted | Arguments]()
+        text = ""
+        calls: list[CallStarted | Arguments] = []
         while not text and not calls and self.finish_reason is None:
             try:
                 rows = await self._answer.rows()

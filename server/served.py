@@ -42,6 +42,7 @@ class Served:
         """Set when no engine will answer any more."""
         self.tools = format_of(bundle.tools, text.special_id)
         """How the model writes calls."""
+        self._vocabulary = constraints.vocabulary(text.folder, bundle)
         self._variant = variant
         self._replicas = replicas
         self._metrics = metrics
@@ -119,7 +120,7 @@ class Served:
         self._check_ids("logit_bias", asked.sampling.logit_bias)
         self._check_ids("stop_token_ids", asked.stop_ids)
         if asked.constraint is not None:
-            await constraints.check(asked.constraint, self.text, of=asked.form)
+            await constraints.check(asked.constraint, self._vocabulary, of=asked.form)
         starts = [
             [
                 partial(self._generate, request, prompt, asked, nth, of, limits, prediction, calling)

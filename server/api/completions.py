@@ -54,7 +54,8 @@ class _Written:
 
     def write(self, piece: Piece | Whole) -> tuple[str, FinishReason | None, CompletionLogprobs | None]:
         """Text, finish reason and log-probabilities of the answer's next piece."""
-        text, tokens, logprobs = piece.text, piece.tokens, list[float | None](piece.logprobs)
+        text, tokens = piece.text, piece.tokens
+        logprobs: list[float | None] = [*piece.logprobs]
         tops = piece.tops or [[]] * len(piece.tokens)
         prompt, self._prompt = self._prompt, None
         if prompt is not None:

@@ -49,13 +49,14 @@ class Format(ABC):
     def grammar(self, tools: Sequence[Tool], *, required: bool = True, name: str | None = None, parallel: bool = True) -> str:
         """Lark for llguidance: the answer is one call or, with `parallel`, up to `MOST_CALLS`; of `name` alone, if given.
 
+        A model that was not made for tools writes one: it has not learned when to stop calling, and few stop by themselves.
         Without `required` the answer is any text, and what in it begins as a call has to be a whole and valid one. Raises
         ValueError where `tools` has none of that name.
         """
         wanted = [tool for tool in tools if name in (None, tool.name)]
         if not wanted:
             raise ValueError(f"there is no tool {name!r}" if name else "there are no tools")
-        several = parallel and name is None
+        several = parallel and name is None and (self.native or not required)
         lines = [self._calls(several) if required or name is not None else self._text_or_calls(several)]
         lines.append(f"call: {' | '.join(f'call_{index}' for index in range(len(wanted)))}")
         for index, tool in enumerate(wanted):

@@ -2,12 +2,14 @@
 
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from export.recipe import Build, of, read
 from export.tokenizer import TextSide, read_text
 from export.tools import detect, named
+from runtime import bundle
 from runtime.bundle import ToolFormat
 from runtime.template import ChatTemplate, Shape
 from runtime.text import Text
@@ -376,13 +379,12 @@ def test_the_default_models_tokenizer_can_write_calls(default_gguf: Path) -> Non
     constraint = LLTokenizer(side.tokenizer.to_str(), eos_token=side.stop_ids[0])
     format, text = format_of(detect(side), Text(side.tokenizer).special_id), Text(side.tokenizer)
     assert not format.native
-    for answer, expected in ((format.render(VALID), True), (format.render(INVALID[:1]), False), ("Hello", False)):
-        tokens = text.encode(answer, special=False)
+    for calls, expected in (*(([call], True) for call in VALID), (INVALID[:1], False), (VALID, False)):
+        tokens = text.encode(format.render(calls), special=False)
         matcher = LLMatcher(constraint, format.grammar(TOOLS))
         assert (matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()) == expected
         stream = text.stream(keep=format.special)
-        read = read_events(format, [*(stream.push([token]) for token in tokens), stream.finish()])
-        assert not expected or read == events_of(VALID)
+        assert read_events(format, [*(stream.push([token]) for token in tokens), stream.finish()]) == events_of(calls)
 
 
 def test_what_a_grammar_cannot_say_is_left_out_unless_the_tool_is_strict() -> None:
@@ -623,6 +625,20 @@ def test_a_recipe_may_say_how_a_model_writes_calls(tmp_path: Path) -> None:
     assert read(path).tools == "phi"
     assert of("org/model", None, None, (Build(),), "none").tools == "none"
     assert (named("phi"), named("none")) == ("phi", None)
+
+
+def test_a_bundle_says_how_its_model_writes_calls(tiny_model: Path, tmp_path: Path) -> None:
+    from tests import tiny  # torch takes seconds to import, and the other tests do without
+
+    model = tmp_path / "tiny-llama"
+    shutil.copytree(tiny_model, model)
+    (model / "chat_template.jinja").write_text(QWEN)
+    recipe = tiny.recipe(model, Build(precision="fp32"))
+    with tiny.tracing_once():
+        for tools, expected in ((None, "hermes"), ("llama3", "llama3"), ("none", None)):
+            named_so = msgspec.structs.replace(recipe, tools=tools)
+            folder = tiny.exporting(tmp_path / "engines", verify=False).run(named_so)
+            assert bundle.read(folder).tools == expected
 
 
 def test_special_tokens_that_are_kept_are_text() -> None:

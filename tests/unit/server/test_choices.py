@@ -12,7 +12,7 @@ from runtime.messages import Cancel, Generate, Progress, Row, Scored
 from tests.unit.server.house import House
 from tests.unit.server.test_generating import CHAT, events, whole
 
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -242,6 +242,24 @@ async def test_an_answer_that_is_cut_off_in_a_call_says_so(house: House) -> None
     await house.worker.say(await house.worker.next(Generate), CALL[:50], "length")
     (choice,) = (await asking)["choices"]
     assert choice["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "weather"}}},
+        {"tools": [{**TOOL, "function": {**TOOL["function"], "strict": True}}]},
+    ],
+)
+async def test_calls_that_must_come_or_must_be_valid_are_constrained(house: House, wish: dict[str, Any]) -> None:
+    asking = asyncio.create_task(whole(house, "/v1/chat/completions", {**CHAT, "tools": [TOOL], **wish}))
+    request = await house.worker.next(Generate)
+    assert request.constraint is not None
+    assert request.constraint.kind == "lark"
+    assert "weather" in request.constraint.source
+    await house.worker.say(request, CALL, "stop")
+    assert (await asking)["choices"][0]["finish_reason"] == "tool_calls"
 
 
 async def test_without_tools_or_where_none_may_be_called_text_is_text(house: House) -> None:
