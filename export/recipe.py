@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from export.errors import ExportError
-from runtime.bundle import Precision, Target
+from runtime.bundle import Pooling, Precision, Target, Task, ToolFormat
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
@@ -74,6 +74,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     model: ModelReference
     variants: tuple[Build, ...] = (Build(),)
+    tools: ToolFormat | Literal["none"] | None = None
+    """How the model writes the calls of tools; None reads it from the chat template."""
+    task: Task = "text-generation"
+    pooling: Pooling | None = None
+    """Of a model for embeddings whose files do not say it."""
 
 
 def read(path: Path) -> Recipe:
@@ -107,6 +112,12 @@ def checked(recipe: Recipe) -> Recipe:
         raise ExportError(f"recipe {recipe.name!r} names a variant twice ({', '.join(names)}); name each once")
     for build in recipe.variants:
         _check(build)
+    if recipe.task == "feature-extraction":
+        elsewhere = [build.name for build in recipe.variants if build.target != "cpu"]
+        if elsewhere:
+            raise ExportError(f"embeddings are computed on the CPU only; variant {elsewhere[0]!r} cannot be built for them")
+    elif recipe.pooling is not None:
+        raise ExportError(f"recipe {recipe.name!r}: pooling is for embeddings; it goes with the task feature-extraction")
     return recipe
 
 
@@ -129,7 +140,15 @@ def _check(build: Build) -> None:
             raise ExportError(f"variant {build.name!r}: {gpu!r} is no compute capability; write it as 8.9")
 
 
-def of(model: str, name: str | None, revision: str | None, variants: tuple[Build, ...]) -> Recipe:
+def of(
+    model: str,
+    name: str | None,
+    revision: str | None,
+    variants: tuple[Build, ...],
+    tools: ToolFormat | Literal["none"] | None = None,
+    task: Task = "text-generation",
+    pooling: Pooling | None = None,
+) -> Recipe:
     """The recipe that the command line says: `model` is a hub id (`ID` or `ID:FILE.gguf`), a folder or a GGUF file."""
     path = Path(model).expanduser()
     kind: Literal["path", "hub"]
@@ -141,4 +160,4 @@ def of(model: str, name: str | None, revision: str | None, variants: tuple[Build
         file = file_name or None
     reference = ModelReference(file=file, revision=revision, **{kind: where})
     plain = re.sub(r"[^a-z0-9._-]+", "-", (Path(where).stem if path.is_file() else Path(where).name).lower()).strip("-._")
-    return checked(Recipe(name or plain, reference, variants))
+    return checked(Recipe(name or plain, reference, variants, tools, task, pooling))

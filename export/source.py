@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from export.errors import ExportError, UnsupportedModel
 from export.recipe import ModelReference
-from runtime.bundle import Source, sha256
+from runtime.bundle import Source, Task, sha256
 
-TASK = "text-generation"
+_UNUSED = "pooler."
+"""Begins the names of weights behind the hidden states that embeddings are made from; many checkpoints leave them out."""
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt", "*.tiktoken", "LICENSE*"]
 
 
@@ -54,13 +55,16 @@ def fetch(reference: ModelReference, cache: Path) -> Checkpoint:
     return checkpoint
 
 
-def load(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model in float32, with transformers' plain attention. Raises ExportError or UnsupportedModel."""
+def load(checkpoint: Checkpoint, task: Task = "text-generation") -> PreTrainedModel:
+    """The model in float32, with transformers' plain attention and the head that `task` needs: for embeddings none.
+
+    Raises ExportError or UnsupportedModel.
+    """
     options = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
     model: PreTrainedModel
     try:
         model, loaded = TasksManager.get_model_from_task(
-            TASK,
+            task,
             str(checkpoint.folder),
             framework="pt",
             library_name="transformers",
@@ -71,13 +75,14 @@ def load(checkpoint: Checkpoint) -> PreTrainedModel:
             **options,
         )
     except Exception as error:  # transformers raises whatever the file's reader did
-        raise _refusal(checkpoint, error) from error
-    _check_whole(model, loaded["missing_keys"], checkpoint.path)
+        raise _refusal(checkpoint, error, task) from error
+    missing = [name for name in loaded["missing_keys"] if task == "text-generation" or not name.startswith(_UNUSED)]
+    _check_whole(model, missing, checkpoint.path)
     model.eval()
     return model
 
 
-def _refusal(checkpoint: Checkpoint, error: Exception) -> ExportError:
+def _refusal(checkpoint: Checkpoint, error: Exception, task: Task) -> ExportError:
     """What to say of a checkpoint with which transformers raised `error`."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0]  # the first line; advice and long lists follow
     if checkpoint.gguf_file is not None:
@@ -86,7 +91,8 @@ def _refusal(checkpoint: Checkpoint, error: Exception) -> ExportError:
             "read from a GGUF: fetch it again, or export the original model's folder"
         )
     if isinstance(error, KeyError | ValueError | NotImplementedError):
-        return UnsupportedModel(f"{checkpoint.source.name} is no causal LM that transformers can load: {said}")
+        kind = "causal LM" if task == "text-generation" else "model"
+        return UnsupportedModel(f"{checkpoint.source.name} is no {kind} that transformers can load: {said}")
     return ExportError(f"{checkpoint.source.name} could not be loaded from {checkpoint.path}: {said}")
 
 

@@ -42,7 +42,7 @@ def survey(model: PreTrainedModel) -> Survey:
     vocab = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     prompts = probe_tokens(vocab, 2 * PROBE_TOKENS).reshape(2, PROBE_TOKENS)
     tables: dict[str, int] = {}
-    with _watching_tables(model, tables):
+    with watching_tables(model, tables):
         plain = [_plain(model, prompt) for prompt in prompts]
     prepare(model)
     positions = torch.arange(PROBE_TOKENS)
@@ -115,7 +115,8 @@ def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @contextmanager
-def _watching_tables(model: PreTrainedModel, tables: dict[str, int]) -> Iterator[None]:
+def watching_tables(model: PreTrainedModel, tables: dict[str, int]) -> Iterator[None]:
+    """While this lasts, a pass over `PROBE_TOKENS` tokens notes in `tables` which weights it indexes by position plus what."""
     names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     original = torch.nn.functional.embedding
     positions = torch.arange(PROBE_TOKENS)

@@ -6,12 +6,12 @@ The other GGUF vocabularies come through transformers.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
@@ -56,6 +56,14 @@ def read_text(
     more = generation_config.eos_token_id if generation_config is not None else None
     stop_ids = (*side.stop_ids, *(more if isinstance(more, list | tuple) else [more]))
     return TextSide(side.tokenizer, _checked(side.template, path), side.bos_id, _distinct(stop_ids))
+
+
+def for_embeddings(side: TextSide, *, lower: bool) -> TextSide:
+    """`side` of a model that answers nothing: without a chat template; with `lower`, texts are made lower case first."""
+    if lower:
+        steps = [normalizers.Lowercase(), *([] if side.tokenizer.normalizer is None else [side.tokenizer.normalizer])]
+        side.tokenizer.normalizer = normalizers.Sequence(steps)
+    return replace(side, template=None)
 
 
 def write_text(side: TextSide, folder: Path) -> tuple[str, ...]:

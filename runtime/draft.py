@@ -9,7 +9,7 @@ import numpy as np
 
 from runtime.engine import Batch, Engine, EngineError, Int64
 from runtime.radix import common
-from runtime.sampling import draw
+from runtime.sampling import Place, draw
 from runtime.sequence import Sequence
 
 
@@ -54,7 +54,7 @@ class Drafter:
         guesses: list[int] = []
         missing = max(1, self._missing(sequence.slot, tokens))
         while len(guesses) < count:
-            guesses.append(self._step(sequence.slot, tokens, missing, [(sequence, len(guesses))]))
+            guesses.append(self._step(sequence.slot, tokens, missing, [Place(sequence, guesses)]))
             tokens, missing = np.append(tokens, guesses[-1]), 1
         return guesses
 
@@ -62,14 +62,14 @@ class Drafter:
         """How many of the last `tokens` have no rows in `slot`."""
         return len(tokens) - common(self._known[slot], tokens)
 
-    def _step(self, slot: int, tokens: Int64, new: int, rows: list[tuple[Sequence, int]]) -> int:
+    def _step(self, slot: int, tokens: Int64, new: int, rows: list[Place]) -> int:
         """Compute the last `new` of `tokens`; gives the token drawn after them, if `rows` wants one."""
         batch = Batch(
             first_slot=slot,
             input_ids=tokens[None, len(tokens) - new :],
             kv_lengths=np.array([len(tokens)], np.int32),
             logit_rows=np.array([new - 1] if rows else [], np.int64),
-            draw=draw(rows),
+            draw=draw(rows, tell=False),
         )
         self._known[slot] = self._known[slot][:0]  # nothing is sure there until the step is done
         drawn, _ = self._engine.step(batch)

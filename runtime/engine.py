@@ -1,5 +1,6 @@
 """The engine: one compiled model on one device, with its KV slots. Its only verb is a step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -11,6 +12,13 @@ Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 
+MOST_ALTERNATIVES = 20
+"""What `Draw.alternatives` may be at most; `runtime.messages` has it, too, which a bare GPU machine cannot import."""
+
+
+MOST_NAMED = 1024
+"""Tokens of a row that `Draw.adjustments` may change beside those that stand in the row's slot."""
+
 
 class EngineError(Exception):
     """The engine cannot be loaded or run; the message says what to do."""
@@ -21,8 +29,25 @@ class DeviceLost(EngineError):
 
 
 @dataclass(frozen=True)
+class Adjustments:
+    """Changes to the logits of some tokens, before one is chosen; every array is [rows, k].
+
+    With x = logit + bias, a token's logit becomes (x / scale where x is positive, x * scale elsewhere) - penalty. A row that
+    changes fewer tokens than others repeats one of its entries as it stands, or has (any token, 0, 1, 0) where it has none.
+    """
+
+    ids: Int64
+    bias: Float32
+    scale: Float32
+    penalty: Float32
+
+
+@dataclass(frozen=True)
 class Draw:
-    """How the next token is chosen at each of a step's logit rows; every array is [rows]."""
+    """How the next token is chosen at each of a step's logit rows; every array is [rows] where nothing else is said.
+
+    What `mask` and `adjustments` leave is sampled from; the log-probabilities that a step gives are the model's own.
+    """
 
     temperature: Float32
     top_k: Int64
@@ -32,6 +57,18 @@ class Draw:
     """In [0, 1): where in the remaining distribution the token lies. See runtime/sampling.py."""
     forced: Int64
     """The token to take whatever its probability, for its log-probability's sake; negative to choose freely."""
+    mask: Int32 | Callable[[], Int32] | None = None
+    """Which tokens may be chosen, [rows, ceil(vocab / 32)]: token t where bit t % 32 of word t // 32 is set; None allows all.
+    Each row allows one token at least. What takes time to find may be given as a function, which must not fail: an
+    engine on a GPU calls it once the model's work is under way, one on a CPU, whose cores all compute, before."""
+    adjustments: Adjustments | None = None
+    alternatives: int = 0
+    """How many of the most likely tokens `Engine.alternatives` shall tell of each row."""
+
+    @property
+    def adorned(self) -> bool:
+        """Something is wanted beyond what most steps do: a mask, adjustments, or alternatives."""
+        return self.mask is not None or self.adjustments is not None or self.alternatives > 0
 
     @staticmethod
     @lru_cache(maxsize=256)
@@ -75,6 +112,8 @@ class Engine(Protocol):
     """How long a step with one row takes, in a unit that is the same for all engines of a machine."""
     chunk: int
     """Prompt tokens that a step should take, at most."""
+    rows: int
+    """Logit rows that a step should have, at most."""
     runs_ahead: bool
     """The engine makes use of `ahead`."""
 
@@ -83,6 +122,12 @@ class Engine(Protocol):
 
         `ahead` says that the same rows will most likely be decoded once more, with these draws: an engine that runs ahead
         begins with that step before it hands this one's tokens out. Where another is asked for instead, its outcome is dropped.
+        """
+        ...
+
+    def alternatives(self) -> tuple[Int64, Float32]:
+        """Of the step whose tokens were given last, for each row the `Draw.alternatives` most likely tokens by the model's own
+        distribution, likeliest first, and their log-probabilities: both [rows, alternatives].
         """
         ...
 

@@ -14,11 +14,13 @@ Five more workers of the first four kinds, measured after the constants were set
 
 from dataclasses import dataclass
 
-from runtime.bundle import Variant
+from runtime.bundle import Encoder, Variant
 
 MIB = 2**20
 CHUNK = 128
 """Prompt tokens of a step: a larger one gains nothing on a CPU, and between two steps the loop takes what has arrived."""
+ROWS = 64
+"""Logit rows of a step that scores a prompt's tokens."""
 _PROCESS = 80 * MIB
 """Python, ONNX Runtime and what they load: 73 MiB with two layers of 64 wide and one slot of 256 tokens."""
 _PACKED = 1.1
@@ -87,6 +89,56 @@ def footprint(variant: Variant, vocab_size: int, *, slots: int, context: int) ->
         process=_PROCESS,
         weights=int(variant.size * _PACKED),
         workspace=activations + scores + logits,
+    )
+
+
+TEXT_TOKENS = 512
+"""Tokens of a batch of texts, padding included, unless one text is longer: on a CPU a larger one gains nothing, and whoever
+comes next waits for its end."""
+VECTOR_BYTES = 64 * MIB
+"""That the embeddings may take which requests wait for that are not done; one request alone may have as many as it wants."""
+_SCORES = 3
+"""Copies of a layer's scores that there are at the same time: as products, under the mask, as probabilities."""
+_WIDEST = 4
+"""Activations of the widest kind that there are at the same time."""
+_MESSAGES = 32 * MIB
+"""Texts that wait, as lists of tokens, and the answer that is being sent."""
+
+
+@dataclass(frozen=True)
+class EncoderFootprint:
+    """Bytes of memory of a worker for embeddings, by what they are for; `total` bounds the process's resident set."""
+
+    context: int
+    """Tokens of a text."""
+    process: int
+    weights: int
+    workspace: int
+    """Of a batch."""
+
+    @property
+    def total(self) -> int:
+        """Bytes altogether."""
+        return self.process + self.weights + self.workspace
+
+    def arithmetic(self) -> str:
+        """How the total comes about, as a part of a sentence."""
+        return (
+            f"weights {_mib(self.weights)} + {_mib(self.workspace)} for a batch of {max(TEXT_TOKENS, self.context)} tokens in "
+            f"texts of up to {self.context} + {_mib(self.process)} for the process and the embeddings that wait for others"
+        )
+
+
+def encoder_footprint(variant: Variant, encoder: Encoder, *, context: int) -> EncoderFootprint:
+    """Of a worker that runs `variant`, for the cpu, with texts of up to `context` tokens."""
+    tokens = max(TEXT_TOKENS, context)
+    scores = encoder.heads * tokens * context * 4
+    activations = encoder.width * tokens * 4
+    return EncoderFootprint(
+        context=context,
+        process=_PROCESS + VECTOR_BYTES + _MESSAGES,
+        weights=int(variant.size * _PACKED),
+        workspace=_FLOOR + _SCORES * scores + _WIDEST * activations,
     )
 
 

@@ -1,26 +1,33 @@
 """The decode loop: who runs next, and what came of it. Its `step` tells the whole story."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import msgspec
 import numpy as np
 
 from runtime import tally
 from runtime.draft import Drafter
 from runtime.engine import Batch, DeviceLost, Draw, Engine
-from runtime.messages import PRIORITIES, Finish, Generate, Refused, Row
+from runtime.grammar import PATIENCE, GrammarError, Grammars, Matcher
+from runtime.messages import PRIORITIES, Finish, Generate, Refused, Row, Scored
 from runtime.pace import Pace
+from runtime.penalties import Penalties
 from runtime.queue import Deadlines, Queue
-from runtime.sampling import draw
+from runtime.sampling import UNKNOWN, Place, draw, flaw
 from runtime.sequence import Sequence
 from runtime.slots import Slots
 from runtime.speculation import Lookup, Plan, worthwhile
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Tops = list[tuple[int, float]]
+"""The most likely tokens in one place and their log-probabilities, likeliest first; none where none are wanted."""
 
 BUDGET_CHUNKS = 2
 """Steps full of prompt tokens after which the running streams get their next token, at most."""
@@ -29,6 +36,8 @@ QUEUE_FILLS = 8
 tokens a slot with one slot as with 64, whereas the same number for both would be hours for the one and nothing for the other.
 With 8 slots it is what 64 requests can come to at most, which is how many may wait by default."""
 _TILE = 16
+_NAP = 0.005
+"""Seconds that an iteration waits for a constraint to be compiled where there is nothing else to do."""
 
 
 @dataclass
@@ -81,6 +90,10 @@ class Counters:
         tally.observe(self.batch_counts, tally.BATCH_ROWS, rows)
 
 
+_NOTHING = Row("", [], [])
+"""No tokens."""
+
+
 @dataclass(frozen=True)
 class News:
     """One row for one front end."""
@@ -93,7 +106,8 @@ class Loop:
     """Continuous batching over the slots of `engine`: prompts are prefilled in chunks, running sequences decode together.
 
     `queue` requests may wait for a slot, and `queue_tokens` tokens of theirs, prompts and the longest possible answers together
-    (0: `QUEUE_FILLS`). `clock` gives the seconds that requests' time limits are counted in.
+    (0: `QUEUE_FILLS`). `grammars` compiles constraints; without it, requests that have one are refused. `clock` gives the
+    seconds that requests' time limits are counted in.
     """
 
     def __init__(
@@ -105,6 +119,7 @@ class Loop:
         prefill_budget: int | None = None,
         speculation: bool = True,
         drafter: Drafter | None = None,
+        grammars: Grammars | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
@@ -113,12 +128,15 @@ class Loop:
         self.prefill_budget = BUDGET_CHUNKS * engine.chunk if prefill_budget is None else prefill_budget
         self.speculation = speculation
         self.drafter = drafter
+        self.grammars = grammars
         self.counters = Counters()
         self.slots = Slots(engine.slots, [engine] if drafter is None else [engine, drafter])
         self._pace = Pace()
         self._iteration = 0
         self._clock = clock
         self._waiting = Queue(engine.context)
+        self._compiling: dict[Sequence, Future[Matcher]] = {}
+        """What will be pushed into `_waiting` once its constraint is compiled."""
         self._deadlines = Deadlines()
         self._by_key: dict[tuple[bytes, str], Sequence] = {}
 
@@ -130,12 +148,12 @@ class Loop:
     @property
     def waiting(self) -> int:
         """Sequences that wait for a slot."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._compiling)
 
     @property
     def waiting_tokens(self) -> int:
         """Of the sequences that wait for a slot: prompts and the longest answers that they may get, together."""
-        return self._waiting.tokens
+        return self._waiting.tokens + sum(sequence.most(self.engine.context) for sequence in self._compiling)
 
     @property
     def busy(self) -> bool:
@@ -147,6 +165,10 @@ class Loop:
         """Tokens in the held slots."""
         return sum(sequence.computed for sequence in self.slots.held)
 
+    def check(self) -> None:
+        """While nothing runs: raise RuntimeError if the slots' books are not in order."""
+        self.slots.check()
+
     # What front ends ask for ---------------------------------------------------------------------------------------
 
     def submit(self, owner: bytes, request: Generate) -> Refused | None:
@@ -155,7 +177,10 @@ class Loop:
         refused = self._refusal(sequence)
         if refused is None:
             self._by_key[sequence.key] = sequence
-            self._waiting.push(sequence)
+            if request.constraint is None or self.grammars is None:
+                self._waiting.push(sequence)
+            else:
+                self._compiling[sequence] = self.grammars.matcher(request.constraint)
             self._deadlines.watch(sequence)
         return refused
 
@@ -188,6 +213,11 @@ class Loop:
             return Refused(request.id, "bad request", message)
         if not (request.queue_seconds >= 0 and request.total_seconds >= 0):  # of NaN neither is true
             return Refused(request.id, "bad request", "queue_seconds and total_seconds are 0, for no limit, or more")
+        unsound = flaw(request, self.engine.vocab_size)
+        if unsound is not None:
+            return Refused(request.id, "bad request", unsound)
+        if request.constraint is not None and self.grammars is None:
+            return Refused(request.id, "bad request", "this engine takes no constraints")
         if sequence.key in self._by_key:
             return Refused(request.id, "bad request", f"request {request.id!r} is running already")
         full = self._full(sequence.most(context))
@@ -195,12 +225,12 @@ class Loop:
 
     def _full(self, tokens: int) -> str | None:
         """Why a request of up to `tokens` tokens cannot wait; None where it can. Those for whom a slot is free do not wait."""
-        requests, free = len(self._waiting), self.slots.free
+        requests, free = self.waiting, self.slots.free
         if requests >= self.queue + free:
             return f"{requests} requests wait already"
-        if requests > free and self._waiting.tokens + tokens > self.queue_tokens + free * self.engine.context:
+        if requests > free and self.waiting_tokens + tokens > self.queue_tokens + free * self.engine.context:
             return (
-                f"{requests} requests wait already and come to {self._waiting.tokens} tokens, prompts and max_tokens together; "
+                f"{requests} requests wait already and come to {self.waiting_tokens} tokens, prompts and max_tokens together; "
                 f"with the {tokens} of this one that is more than the {self.queue_tokens} that may wait"
             )
         return None
@@ -210,13 +240,17 @@ class Loop:
     def step(self) -> list[News]:
         """End what is out of time, verify guesses, prefill within the budget, decode everyone else by a token: what is new."""
         self._iteration += 1
-        news = self._expire()
+        news = self._expire() + self._admit()
         start = time.perf_counter()
         plain = self._plain_cost()
-        plans = {sequence: plan for sequence in self.slots.decoding if (plan := self._plan(sequence, plain)).count}
+        deadline = time.monotonic() + PATIENCE
+        ready = [sequence for sequence in self.slots.decoding if _ready(sequence, deadline)]
+        plans = {sequence: plan for sequence in ready if (plan := self._plan(sequence, plain)).count}
         news += self._verify_some(plans)
         news += self._prefill(time.perf_counter() - start)
-        news += self._decode([sequence for sequence in self.slots.decoding if sequence not in plans])
+        deadline = time.monotonic() + PATIENCE
+        others = [sequence for sequence in self.slots.decoding if sequence not in plans]
+        news += self._decode([sequence for sequence in others if _ready(sequence, deadline)])
         return news
 
     def _expire(self) -> list[News]:
@@ -224,6 +258,24 @@ class Loop:
         late = self._deadlines.expired(now)
         self.counters.timeouts += len(late)
         return [self._end(sequence, "timeout", sequence.timeout(now)) for sequence in late]
+
+    def _admit(self) -> list[News]:
+        """Have those wait for a slot whose constraints are compiled by now; they hold up nobody who came later."""
+        if self._compiling and not (self._waiting or self.running):
+            wait(self._compiling.values(), _NAP, FIRST_COMPLETED)
+        news: list[News] = []
+        for sequence in [sequence for sequence, compiling in self._compiling.items() if compiling.done()]:
+            try:
+                sequence.matcher = self._compiling[sequence].result()
+            except GrammarError as error:
+                news.append(self._end(sequence, "error", f"the constraint cannot be met: {error}"))
+            except Exception as error:  # whatever llguidance raised concerns this sequence
+                log.exception("a constraint could not be compiled")
+                news.append(self._end(sequence, "error", f"the constraint cannot be compiled: {error}"))
+            else:
+                del self._compiling[sequence]
+                self._waiting.push(sequence)
+        return news
 
     def _prefill(self, spent: float) -> list[News]:
         """Compute prompts; the running streams have been held up for `spent` seconds already."""
@@ -236,13 +288,16 @@ class Loop:
                 self._start(self._waiting.pop())
             sequence = self.slots.prefilling
             assert sequence is not None
-            chunk = _chunk(sequence.prompt_left, min(max(budget, _TILE), self.engine.chunk))
+            most = min(self.engine.chunk, self.engine.rows) if sequence.request.prompt_logprobs else self.engine.chunk
+            chunk = _chunk(sequence.prompt_left, min(max(budget, _TILE), most))
             budget -= chunk
             news += self._prefill_chunk(sequence, chunk)
         return news
 
     def _start(self, sequence: Sequence) -> None:
         self.slots.start(sequence)
+        if Penalties.wanted(sequence.request):
+            sequence.penalties = Penalties(sequence.request, self.engine.vocab_size)
         sequence.started = self._clock()
         self.counters.waited(sequence.started - sequence.arrived)
         self.counters.cached_tokens += sequence.cached
@@ -250,17 +305,29 @@ class Loop:
     def _prefill_chunk(self, sequence: Sequence, size: int) -> list[News]:
         end = sequence.computed + size
         last = end == len(sequence.prompt)
+        places = [Place(sequence)] if last else []
+        if sequence.request.prompt_logprobs:
+            places = [
+                Place(sequence, forced=token) for token in sequence.prompt[sequence.computed + 1 : end + 1].tolist()
+            ] + places
+        if last:
+            _ready(sequence)
         start = time.perf_counter()
         batch = Batch(
             first_slot=sequence.slot,
             input_ids=sequence.prompt[None, sequence.computed : end],
             kv_lengths=np.array([end], np.int32),
-            logit_rows=np.array([size - 1] if last else [], np.int64),
-            draw=draw([(sequence, 0)] if last else []),
+            logit_rows=np.arange(size - len(places), size, dtype=np.int64),
+            draw=draw(places),
         )
         outcome = self._run(batch, [sequence])
         if isinstance(outcome, list):
             return outcome
+        tokens, logprobs = outcome
+        tops = self._alternatives(batch.draw, [sequence] * len(tokens))
+        if sequence.request.prompt_logprobs:
+            scored = size - last
+            sequence.scored += map(Scored, logprobs[:scored], tops[:scored])
         if self._speculates(sequence):
             self._ask_drafter(lambda drafter: drafter.read(sequence.slot, sequence.prompt[:end]))
         self._pace.prefilled(size, time.perf_counter() - start)
@@ -272,7 +339,7 @@ class Loop:
         self.slots.promote()
         if self._speculates(sequence):
             sequence.lookup = Lookup(sequence.request.prompt, sequence.request.prediction)
-        return [self._take(sequence, *outcome)]
+        return [self._take(sequence, tokens[-1:], logprobs[-1:], tops[-1:])]
 
     def _decode(self, sequences: list[Sequence]) -> list[News]:
         """The next token of `sequences`; those between their slots come along, and what is computed for them is not used."""
@@ -285,7 +352,7 @@ class Loop:
             input_ids=np.array([[s.tokens[-1]] for s in rows], np.int64),
             kv_lengths=np.array([s.length for s in rows], np.int32),
             logit_rows=np.array([s.slot for s in sequences], np.int64),
-            draw=draw([(s, 0) for s in sequences]),
+            draw=draw([Place(s) for s in sequences]),
         )
         outcome = self._run(batch, sequences, self._ahead(rows, sequences))
         if isinstance(outcome, list):
@@ -294,7 +361,8 @@ class Loop:
         self.counters.decoded(len(sequences))
         for sequence in sequences:  # before the first of them ends and others take its slot
             sequence.computed = sequence.length
-        return [self._take(sequence, [token], [logprob]) for sequence, token, logprob in zip(sequences, *outcome, strict=True)]
+        told = zip(sequences, *outcome, self._alternatives(batch.draw, sequences), strict=True)
+        return [self._take(sequence, [token], [logprob], [top]) for sequence, token, logprob, top in told]
 
     def _ahead(self, rows: list[Sequence], sequences: list[Sequence]) -> Draw | None:
         """The draws of the next decode step, where it is likely to be for the same rows; None where it is not."""
@@ -304,7 +372,9 @@ class Loop:
             return None
         if any(s.length + 1 >= self.engine.context or len(s.tokens) + 1 >= s.request.max_tokens for s in rows):
             return None
-        return draw([(s, 1) for s in rows])
+        if not all(s.foreseeable for s in rows):
+            return None
+        return draw([Place(s, (UNKNOWN,)) for s in rows])
 
     # Guesses -------------------------------------------------------------------------------------------------------
 
@@ -315,10 +385,13 @@ class Loop:
 
     def _plan(self, sequence: Sequence, plain: float) -> Plan:
         """How many of its next tokens are worth guessing where one costs `plain` without guesses."""
-        if sequence.lookup is None:
-            return Plan()
         room = min(sequence.request.max_tokens - len(sequence.tokens) - 1, self.engine.context - sequence.length)
         fixed, cost = self.engine.many_cost, self.engine.row_cost
+        if sequence.matcher is not None:
+            certain = len(sequence.guess(room)) if self.speculation and sequence.request.speculation else 0
+            return worthwhile(1.0, cost, certain, fixed=fixed, plain=plain)
+        if sequence.lookup is None:
+            return Plan()
         plan = worthwhile(sequence.lookup.confidence, cost, room, fixed=fixed, plain=plain)
         if self.drafter is None:
             return plan
@@ -351,7 +424,7 @@ class Loop:
             input_ids=np.array([[sequence.tokens[-1], *guesses]], np.int64),
             kv_lengths=np.array([sequence.length + len(guesses)], np.int32),
             logit_rows=np.arange(count, dtype=np.int64),
-            draw=draw([(sequence, later) for later in range(count)]),
+            draw=draw([Place(sequence, guesses[:later]) for later in range(count)]),
         )
         outcome = self._run(batch, [sequence])
         if isinstance(outcome, list):
@@ -362,10 +435,13 @@ class Loop:
         self.counters.accepted_tokens += right
         if plan.drafted:
             sequence.judge_draft(len(guesses), right)
-        return [self._take(sequence, tokens[: right + 1], logprobs[: right + 1])]
+        told = right + 1
+        tops = self._alternatives(batch.draw, [sequence] * told)
+        return [self._take(sequence, tokens[:told], logprobs[:told], tops)]
 
     def _speculates(self, sequence: Sequence) -> bool:
-        return self.speculation and sequence.request.speculation
+        """Whether its tokens are guessed; those that its grammar forces are another matter."""
+        return self.speculation and sequence.request.speculation and sequence.matcher is None
 
     def _ask_drafter(self, ask: Callable[[Drafter], T]) -> T | None:
         """What the draft engine gives; None where there is none, now and later once it has failed."""
@@ -398,36 +474,58 @@ class Loop:
         self.counters.stepped(time.perf_counter() - start)
         return tokens.tolist(), logprobs.tolist()
 
-    def _take(self, sequence: Sequence, tokens: list[int], logprobs: list[float]) -> News:
+    def _alternatives(self, draw: Draw, rows: list[Sequence]) -> list[Tops]:
+        """What the engine's last step tells of its first rows, which belong to `rows`."""
+        if not draw.alternatives:
+            return [[]] * len(rows)
+        tokens, logprobs = (array[: len(rows)].tolist() for array in self.engine.alternatives())
+        return [
+            list(zip(*pair, strict=True))[: sequence.request.top_logprobs]
+            for sequence, *pair in zip(rows, tokens, logprobs, strict=True)
+        ]
+
+    def _take(self, sequence: Sequence, tokens: list[int], logprobs: list[float], tops: list[Tops]) -> News:
         first, shown = not sequence.tokens, 0
+        tops = tops if sequence.request.top_logprobs else []
+        scored, sequence.scored = sequence.scored, []  # told once, in the first row
         for token in tokens:
             self.counters.generated_tokens += 1
             shown += sequence.accept(token, self.engine.context)
             if sequence.finish is not None:
-                return self._end(sequence, sequence.finish, tokens=tokens[:shown], logprobs=logprobs[:shown])
+                row = Row("", tokens[:shown], logprobs[:shown], tops=tops[:shown], prompt=scored)
+                failure = sequence.matcher.failure if sequence.matcher is not None and sequence.finish == "error" else ""
+                return self._end(sequence, sequence.finish, failure and f"the constraint cannot be kept to: {failure}", row)
+        if sequence.matcher is not None:
+            sequence.matcher.look()
         sequence.computed = sequence.length - 1
         sequence.note(tokens)
         cached = sequence.cached if first else 0
-        return News(sequence.owner, Row(sequence.request.id, tokens, logprobs, cached=cached))
+        return News(sequence.owner, Row(sequence.request.id, tokens, logprobs, cached=cached, tops=tops, prompt=scored))
 
-    def _end(
-        self,
-        sequence: Sequence,
-        finish: Finish,
-        message: str = "",
-        tokens: list[int] | None = None,
-        logprobs: list[float] | None = None,
-    ) -> News:
+    def _end(self, sequence: Sequence, finish: Finish, message: str = "", row: Row = _NOTHING) -> News:
+        """The last row of `sequence`, with what `row` has of tokens."""
         sequence.finish = finish
         self.counters.finished += finish in ("stop", "length")
         cached = sequence.cached if len(sequence.tokens) <= 1 else 0  # told once, in the first row
         del self._by_key[sequence.key]
-        self._waiting.end(sequence)
+        compiling = self._compiling.pop(sequence, None)
+        if compiling is None:
+            self._waiting.end(sequence)
+        else:
+            compiling.cancel()
+        if sequence.matcher is not None and self.grammars is not None:
+            self.grammars.give_back(sequence.matcher)
         if sequence.started is not None:
             self.slots.release(sequence)
         else:
             self.counters.waited(self._clock() - sequence.arrived)
-        return News(sequence.owner, Row(sequence.request.id, tokens or [], logprobs or [], finish, cached, message))
+        told = msgspec.structs.replace(row, id=sequence.request.id, finish=finish, cached=cached, message=message)
+        return News(sequence.owner, told)
+
+
+def _ready(sequence: Sequence, deadline: float = math.inf) -> bool:
+    """Whether it is known which tokens may come next; waits for it until time.monotonic() is `deadline`."""
+    return sequence.matcher is None or sequence.matcher.ready(deadline)
 
 
 def _chunk(left: int, most: int) -> int:

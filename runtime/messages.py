@@ -22,6 +22,8 @@ Finish = Literal["stop", "length", "cancelled", "error", "timeout"]
 
 MOST_ALTERNATIVES = 20
 """What `Generate.top_logprobs` may be at most."""
+MOST_INPUTS = 2048
+"""Texts of one `Embed`, at most."""
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -97,13 +99,29 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     """How long it may take from its arrival to its last token; 0: without limit. Ends with finish "timeout"."""
 
 
+class Embed(msgspec.Struct, frozen=True, tag=True):
+    """Give the embedding of each of `inputs`."""
+
+    id: str
+    inputs: list[list[int]]
+    """The tokens of 1 to `MOST_INPUTS` texts, special tokens included; none is empty."""
+    client: str = ""
+    """As in `Generate`: clients take turns."""
+    priority: int = 0
+    """One of `PRIORITIES`, the smallest first."""
+    queue_seconds: float = 0.0
+    """How long it may wait until the first of its texts is computed; 0: without limit. Ends with finish "timeout"."""
+    total_seconds: float = 0.0
+    """How long it may take from its arrival to its last text; 0: without limit. Ends with finish "timeout"."""
+
+
 class Cancel(msgspec.Struct, frozen=True, tag=True):
     """Forget request `id`; its slot is free within one step. Answered by a `Row` with finish "cancelled"."""
 
     id: str
 
 
-Request = Attach | Generate | Cancel
+Request = Attach | Generate | Embed | Cancel
 
 # Worker -> front end -----------------------------------------------------------------------------------------------
 
@@ -165,6 +183,15 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     rows: list[Row]
 
 
+class Embedded(msgspec.Struct, frozen=True, tag=True):
+    """The embeddings that request `id` asked for."""
+
+    id: str
+    vectors: bytes
+    """[inputs, dimensions] float32, little-endian, row after row in the order of the inputs."""
+    dimensions: int
+
+
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """The worker lives, and what it holds."""
 
@@ -206,7 +233,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """Decode steps by their rows, as `tally.BATCH_ROWS`; `rows` is the sum."""
 
 
-Reply = Ready | Refused | Progress | Heartbeat
+Reply = Ready | Refused | Progress | Embedded | Heartbeat
 
 encode: Callable[[Request | Reply], bytes] = msgspec.msgpack.Encoder().encode
 decode_request: Callable[[bytes], Request] = msgspec.msgpack.Decoder(Request).decode

@@ -5,6 +5,7 @@ import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,15 @@ import psutil
 
 from runtime import bundle
 from runtime.bundle import Bundle, Variant
-from runtime.engine import Batch, Draw, EngineError, Float32, Int64
-from runtime.footprint import CHUNK
+from runtime.engine import Adjustments, Batch, Draw, EngineError, Float32, Int64
+from runtime.footprint import CHUNK, ROWS
 
 _MANY_COST = {"fp32": 0.0, "int8": 0.2, "int4": 0.2}
 _ROW_COST = {"fp32": 0.06, "int8": 0.13, "int4": 0.13}
 _BYTE_COST = {"fp32": 1.0, "int8": 1.3, "int4": 2.0}
 """By precision, as measured on x86-64 with AVX-512: a step in float32 takes the time of reading the weights, in which more
 rows are nearly free; quantized products are bound by arithmetic already at one row, and read other weights for several."""
+_ADORNING = "mask", "adjust_ids", "adjust_bias", "adjust_scale", "adjust_penalty", "alternatives"
 _KV_TYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16}
 
 
@@ -38,11 +40,11 @@ class OrtEngine:
         if variant.kv_dtype not in _KV_TYPES:
             raise EngineError(f"variant {variant.name!r} keeps its cache in {variant.kv_dtype}, which the CPU does not serve")
         self.slots, self.context, self.vocab_size = slots, context, vocab_size
-        self.chunk, self.runs_ahead = CHUNK, False
+        self.chunk, self.rows, self.runs_ahead = CHUNK, max(slots, ROWS), False
         self.many_cost = _MANY_COST.get(variant.precision, 0.2)
         self.row_cost = _ROW_COST.get(variant.precision, 0.13)
         self.step_cost = _BYTE_COST.get(variant.precision, 2.0) * (variant.step_bytes or variant.size)
-        self._session = _session(folder / variant.model, threads)
+        self._session = session(folder / variant.model, threads)
         self._input_names = {node.name for node in self._session.get_inputs()}
         dtype = np.dtype(_KV_TYPES[variant.kv_dtype])
         _check_memory(variant, slots, context)
@@ -52,13 +54,16 @@ class OrtEngine:
             for layer in variant.layers
             for dim in [layer.key_dim if part == "key" else layer.value_dim]
         }
-        missing = {f"past.{name}" for name in self._kv} - self._input_names
+        missing = {*_ADORNING, *(f"past.{name}" for name in self._kv)} - self._input_names
         if missing:
             raise EngineError(f"{variant.model} has no input {min(missing)!r}; export the model again")
         self._kv_range = np.arange(context, dtype=np.int64)
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
         self._tokens = np.zeros(slots, np.int64)
         self._logprobs = np.zeros(slots, np.float32)
+        self._tops = np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32)
+        words = -(-vocab_size // 32)
+        self._no_mask, self._full_mask = np.zeros((0, words), np.int32), np.full((1, words), -1, np.int32)
 
     def step(self, batch: Batch, ahead: Draw | None = None) -> tuple[Int64, Float32]:
         """See `runtime.engine.Engine.step`; the arrays returned are valid until the next step. Raises EngineError."""
@@ -76,7 +81,7 @@ class OrtEngine:
             "kv_range": self._kv_range[:longest],
             "kv_longest": longest,
             "logit_rows": batch.logit_rows,
-            **_draw_feeds(batch.draw),
+            **self._draw_feeds(batch.draw),
         }
         for name, array in feeds.items():
             if name in self._input_names:
@@ -84,11 +89,19 @@ class OrtEngine:
         tokens, logprobs = self._tokens[:rows], self._logprobs[:rows]
         _bind_output(binding, "tokens", tokens)
         _bind_output(binding, "logprobs", logprobs)
+        wanted = rows, batch.draw.alternatives
+        tops = self._tops = np.empty(wanted, np.int64), np.empty(wanted, np.float32)
+        _bind_output(binding, "top_tokens", tops[0])
+        _bind_output(binding, "top_logprobs", tops[1])
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise EngineError(f"ONNX Runtime failed on a step: {error}") from error
         return tokens, logprobs
+
+    def alternatives(self) -> tuple[Int64, Float32]:
+        """See `runtime.engine.Engine.alternatives`."""
+        return self._tops
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See `runtime.engine.Engine.copy`."""
@@ -108,6 +121,26 @@ class OrtEngine:
         self._bindings.clear()
         self._kv.clear()
         del self._session
+
+    def _draw_feeds(self, draw: Draw) -> dict[str, npt.NDArray[np.generic]]:
+        mask = draw.mask() if callable(draw.mask) else draw.mask
+        adjustments = draw.adjustments or _no_adjustments(len(draw.forced))
+        if mask is None:  # without one the graph adjusts nothing
+            mask = self._no_mask if draw.adjustments is None else self._full_mask
+        return {
+            "temperature": draw.temperature,
+            "top_k": draw.top_k,
+            "top_p": draw.top_p,
+            "min_p": draw.min_p,
+            "uniform": draw.uniform,
+            "forced": draw.forced,
+            "mask": np.ascontiguousarray(mask).view(np.uint8),
+            "adjust_ids": np.ascontiguousarray(adjustments.ids),
+            "adjust_bias": np.ascontiguousarray(adjustments.bias),
+            "adjust_scale": np.ascontiguousarray(adjustments.scale),
+            "adjust_penalty": np.ascontiguousarray(adjustments.penalty),
+            "alternatives": np.array([draw.alternatives], np.int64),
+        }
 
     def _binding(self, first: int, count: int) -> ort.IOBinding:
         key = (first, count)
@@ -151,8 +184,13 @@ def start(folder: Path, manifest: Bundle, variant: Variant, *, slots: int, conte
             others.result()  # Where the engine failed, too, the damaged file is the reason.
 
 
-def _session(path: Path, threads: int) -> ort.InferenceSession:
+def session(path: Path, threads: int, *, plan_memory: bool = True) -> ort.InferenceSession:
+    """ONNX Runtime's session of the graph at `path` on the CPU. Raises EngineError.
+
+    `plan_memory` keeps a plan of the memory for each shape that inputs come in.
+    """
     options = ort.SessionOptions()
+    options.enable_mem_pattern = plan_memory
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -194,15 +232,10 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> npt.NDArray[n
     return np.ndarray(shape, dtype, buffer=memory)
 
 
-def _draw_feeds(draw: Draw) -> dict[str, npt.NDArray[np.generic]]:
-    return {
-        "temperature": draw.temperature,
-        "top_k": draw.top_k,
-        "top_p": draw.top_p,
-        "min_p": draw.min_p,
-        "uniform": draw.uniform,
-        "forced": draw.forced,
-    }
+@lru_cache(maxsize=256)
+def _no_adjustments(rows: int) -> Adjustments:
+    nothing = np.zeros((rows, 0), np.float32)
+    return Adjustments(np.zeros((rows, 0), np.int64), nothing, nothing, nothing)
 
 
 def _bind_input(binding: ort.IOBinding, name: str, array: npt.NDArray[np.generic]) -> None:

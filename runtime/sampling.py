@@ -1,29 +1,110 @@
-"""The random numbers of sampling: a counter-based generator, so that a draw depends on its seed and place alone."""
+"""How a step's tokens are drawn: what each row's request says, and the random numbers.
+
+These come from a counter-based generator, so that a draw depends on its seed and place alone.
+"""
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runtime.engine import Draw
+from runtime.engine import MOST_NAMED, Draw, Int32
+from runtime.messages import MOST_ALTERNATIVES, Generate, Sampling
+from runtime.penalties import BAN, Changes, together
 from runtime.sequence import Sequence
 
 _MASK = 2**64 - 1
+_FORCED = Sampling()
+UNKNOWN = -1
+"""Stands for a token that nobody knows yet, among the guesses of a row whose draw does not depend on it."""
 
 
-def draw(rows: list[tuple[Sequence, int]]) -> Draw:
-    """How the tokens of `rows` are chosen: for each the sequence, and how many tokens after its next one this one is."""
-    if all(sequence.request.sampling.temperature <= 0 for sequence, _ in rows):
-        return Draw.greedy(len(rows))
-    settings = [sequence.request.sampling for sequence, _ in rows]
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a token is drawn: after a sequence's own tokens and the `guesses` that are taken to follow them."""
+
+    sequence: Sequence
+    guesses: Tokens[int] = ()
+    forced: int = -1
+    """The token that is scored instead of one being drawn; negative for none. Nothing of the request applies to it."""
+
+
+def draw(places: list[Place], *, tell: bool = True) -> Draw:
+    """How the tokens at `places`, a row each, are chosen; and, where that is to `tell`, how many alternatives are told.
+
+    The masks of their sequences must be ready; guesses of a sequence with a grammar are tokens that it forces.
+    """
+    made, masks = _unmasked(places, tell), _masks(places)
+    return made if masks is None else replace(made, mask=masks)
+
+
+def _unmasked(places: list[Place], tell: bool) -> Draw:
+    free = [place.sequence if place.forced < 0 else None for place in places]
+    alternatives = max((place.sequence.request.top_logprobs for place in places), default=0) if tell else 0
+    penalties = any(sequence is not None and sequence.penalties is not None for sequence in free)
+    hot = any(sequence is not None and sequence.request.sampling.temperature > 0 for sequence in free)
+    if not (hot or penalties or alternatives) and None not in free:
+        return Draw.greedy(len(places))
+    settings = [_FORCED if sequence is None else sequence.request.sampling for sequence in free]
     return Draw(
         temperature=np.array([s.temperature for s in settings], np.float32),
         top_k=np.array([s.top_k for s in settings], np.int64),
         top_p=np.array([s.top_p for s in settings], np.float32),
         min_p=np.array([s.min_p for s in settings], np.float32),
-        uniform=np.array(
-            [uniform(s.request.sampling.seed, len(s.tokens) + later) for s, later in rows],
-            np.float32,
-        ),
-        forced=np.full(len(rows), -1, np.int64),
+        uniform=np.array([_uniform(place) for place in places], np.float32),
+        forced=np.array([place.forced for place in places], np.int64),
+        adjustments=together([_changes(place) for place in places]) if penalties else None,
+        alternatives=alternatives,
     )
+
+
+def _uniform(place: Place) -> float:
+    sequence = place.sequence
+    return uniform(sequence.request.sampling.seed, len(sequence.tokens) + len(place.guesses))
+
+
+def _masks(places: list[Place]) -> Int32 | None:
+    masks = [
+        None if place.forced >= 0 or place.sequence.matcher is None else place.sequence.matcher.mask(len(place.guesses))
+        for place in places
+    ]
+    first = next((mask for mask in masks if mask is not None), None)
+    if first is None:
+        return None
+    everything = np.full_like(first, -1)
+    return np.stack([everything if mask is None else mask for mask in masks])
+
+
+def _changes(place: Place) -> Changes | None:
+    penalties = place.sequence.penalties
+    return None if penalties is None or place.forced >= 0 else penalties.after(place.guesses)
+
+
+def flaw(request: Generate, vocab_size: int) -> str | None:
+    """What of a request's sampling is no number that the engine can compute with, in a sentence; None where all is well."""
+    sampling = request.sampling
+    numbers = {
+        name: getattr(sampling, name)
+        for name in ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+    }
+    for name, value in numbers.items():
+        if not abs(value) <= BAN:  # of NaN this is not true either
+            return f"{name} is {value}; it is a number of at most {BAN:g}"
+    if not sampling.repetition_penalty >= 1 / BAN:
+        return f"repetition_penalty is {sampling.repetition_penalty}; it is more than 0"
+    named = len(sampling.logit_bias) + len(request.stop_ids)
+    if named > MOST_NAMED:
+        return f"logit_bias and stop_ids name {named} tokens together; they name at most {MOST_NAMED}"
+    for token, bias in sampling.logit_bias.items():
+        if not 0 <= token < vocab_size:
+            return f"logit_bias names token {token}, which is outside the vocabulary of {vocab_size}"
+        if not abs(bias) <= BAN:
+            return f"logit_bias of token {token} is {bias}; it is a number of at most {BAN:g}"
+    if not 0 <= request.top_logprobs <= MOST_ALTERNATIVES:
+        return f"top_logprobs is {request.top_logprobs}; it goes from 0 to {MOST_ALTERNATIVES}"
+    if not 0 <= request.min_tokens <= request.max_tokens:
+        return f"min_tokens is {request.min_tokens}; it goes from 0 to max_tokens, {request.max_tokens}"
+    return None
 
 
 def uniform(seed: int, index: int) -> float:

@@ -7,7 +7,9 @@ from functools import cached_property
 import numpy as np
 
 from runtime.engine import Int64
-from runtime.messages import Finish, Generate
+from runtime.grammar import Matcher
+from runtime.messages import Finish, Generate, Scored
+from runtime.penalties import Penalties, penalized
 from runtime.speculation import DRAFT_MEMORY, DRAFT_PRIOR, MEMORY, Lookup
 
 
@@ -29,6 +31,12 @@ class Sequence:
     """Of these, prompt tokens whose keys and values stood in a slot already."""
     tokens: list[int] = field(default_factory=list)
     finish: Finish | None = None
+    matcher: Matcher | None = None
+    """Its way through the grammar of its constraint; None where it has none, and until that is compiled."""
+    penalties: Penalties | None = None
+    """What it changes of its tokens' logits; None where it changes nothing, and until it has a slot."""
+    scored: list[Scored] = field(default_factory=list)
+    """The prompt's tokens from the second on, as far as they are scored, where that is wanted."""
     lookup: Lookup | None = None
     """Guesses from the sequence's own tokens; None where it wants none."""
     draft_share: float = DRAFT_PRIOR
@@ -38,13 +46,26 @@ class Sequence:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end the answer."""
+        """Tokens that end the answer, beside those that end an answer to its grammar."""
         return frozenset(self.request.stop_ids)
 
     @cached_property
     def prompt(self) -> Int64:
         """The prompt as an array."""
         return np.array(self.request.prompt, np.int64)
+
+    @property
+    def reusable(self) -> Int64:
+        """Of the prompt, what need not be computed where it stands in a slot.
+
+        The last token is always computed, for its logits, and never alone: a lone row would come out with other bits.
+        """
+        return self.prompt[: 0 if self.request.prompt_logprobs else -2]
+
+    @property
+    def foreseeable(self) -> bool:
+        """How the token after the next is drawn is known before the next one is."""
+        return self.matcher is None and not penalized(self.request)
 
     @property
     def key(self) -> tuple[bytes, str]:
@@ -89,16 +110,27 @@ class Sequence:
 
     def accept(self, token: int, context: int) -> bool:
         """Take the engine's next token; sets `finish` when it was the last. False when the token ends the answer unseen."""
-        if token in self.stop_ids:
+        if self.matcher is not None and self.matcher.failure:
+            self.finish = "error"
+            return False
+        if token in self.stop_ids or (self.matcher is not None and token in self.matcher.stop_ids):
             self.finish = "stop"
             return False
         self.tokens.append(token)
-        if len(self.tokens) >= self.request.max_tokens or self.length >= context:
+        if self.penalties is not None:
+            self.penalties.take(token)
+            if self.penalties.over:
+                self.penalties = None
+        if self.matcher is not None and self.matcher.take(token):
+            self.finish = "error" if self.matcher.failure else "stop"
+        elif len(self.tokens) >= self.request.max_tokens or self.length >= context:
             self.finish = "length"
         return True
 
     def guess(self, count: int) -> list[int]:
-        """The `count` tokens that its own say will come next."""
+        """The `count` tokens that its own say will come next; with a grammar those that it forces, maybe fewer or none."""
+        if self.matcher is not None:
+            return self.matcher.forced[:count]
         return [] if self.lookup is None else self.lookup.guess(count)
 
     def note(self, tokens: list[int]) -> None:

@@ -72,8 +72,7 @@ class Slots:
         if not self.free or self.prefilling is not None:
             raise RuntimeError("no slot for a prefill")
         target = len(self.decoding)
-        # The last token is always computed, for its logits, and never alone: a lone row would come out with other bits.
-        common, sources = self._index.longest(sequence.prompt[:-2])
+        common, sources = self._index.longest(sequence.reusable)
         length = common - common % BLOCK
         source = target if target in sources else max(sources, key=self._used.__getitem__, default=target)
         whole = source > target and length == len(self._prompts[source])

@@ -11,7 +11,7 @@ where the model means that character, and raises where a prefix changes.
 
 import codecs
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import jinja2
 from tokenizers import Tokenizer
 
 from runtime.bundle import TEMPLATE, TOKENIZER, Bundle, BundleError
-from runtime.template import ChatTemplate, TemplateError
+from runtime.template import ChatTemplate, Shape, TemplateError
 
 
 class TextError(Exception):
@@ -29,7 +29,9 @@ class TextError(Exception):
 class Text:
     """The text side of one bundle. It holds no state of a request: one serves any number of them."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None, folder: Path = Path()) -> None:
+        """`folder` is the bundle's."""
+        self.folder = folder
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -44,12 +46,17 @@ class Text:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises nothing more specific.
             raise BundleError(f"{path} cannot be read ({error}); export the model again") from error
-        return cls(tokenizer, _template(folder / TEMPLATE, bundle, tokenizer))
+        return cls(tokenizer, _template(folder / TEMPLATE, bundle, tokenizer), folder)
 
     @property
     def has_template(self) -> bool:
         """Whether `chat` can work."""
         return self._template is not None
+
+    @property
+    def shape(self) -> Shape:
+        """What the chat template takes."""
+        return Shape() if self._template is None else self._template.shape
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The tokens of `text`; with `special`, also those that the model expects around a text, such as BOS.
@@ -57,39 +64,73 @@ class Text:
         A special token that is spelled out in `text` becomes that token, as in transformers. Raises TextError where `text` has
         half of a surrogate pair, which has no UTF-8.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TextError(
-                f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X}); send whole characters"
-            ) from None
+        _check_characters(text)
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
+
+    @property
+    def special_tokens(self) -> int:
+        """How many tokens `encode` puts around a text."""
+        return self._tokenizer.num_special_tokens_to_add(False)
+
+    def encode_within(self, text: str, most: int) -> list[int]:
+        """`encode` cut to `most` tokens: of the text itself the end goes, the special tokens around it stay.
+
+        `most` is more than `special_tokens`. Raises TextError as `encode` does.
+        """
+        _check_characters(text)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding.truncate(most - self.special_tokens)
+        ids: list[int] = self._tokenizer.post_process(encoding, None, True).ids
+        return ids
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The tokens of a conversation, laid out by the model's chat template; raises TextError.
 
         The template spells out every special token itself, so none is added. Those that a message spells out become tokens
-        too, as transformers does by default: a client can end its own turn early and write the next one.
+        too, as transformers does by default: a client can end its own turn early and write the next one. The rest is
+        `ChatTemplate.render`'s.
         """
         if self._template is None:
             raise TextError("this model has no chat template; send its prompt to /v1/completions instead")
         try:
-            prompt = self._template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+            prompt = self._template.render(
+                messages,
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                options=options,
+            )
         except TemplateError as error:
             raise TextError(str(error)) from error
         return self.encode(prompt, special=False)
 
-    def stream(self, stop: Sequence[str] = ()) -> "TextStream":
-        """A detokenizer for one answer, which ends before the first of the strings in `stop`; raises TextError."""
+    def stream(self, stop: Sequence[str] = (), keep: Collection[str] = ()) -> "TextStream":
+        """A detokenizer for one answer, which ends before the first of the strings in `stop`; raises TextError.
+
+        Special tokens are no text, save for those in `keep`.
+        """
         if not all(stop):
             raise TextError("a stop string is empty; leave it out")
-        return TextStream(self._pieces, stop)
+        return TextStream(self._pieces, stop, frozenset(id for token in keep if (id := self.special_id(token)) is not None))
+
+    def special_id(self, token: str) -> int | None:
+        """The id of the special token that is spelled `token`; None where there is none, or where it is text."""
+        id = self._tokenizer.token_to_id(token)
+        return id if id in self._pieces.special else None
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, as the tokenizer itself has it; special tokens spelled out."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def token_text(self, id: int) -> str:
         """What the token adds to a text; special tokens spelled out, bytes that are no whole character as U+FFFD."""
@@ -103,16 +144,22 @@ class Text:
 class TextStream:
     """The text of one answer, as its tokens come."""
 
-    stopped: bool
-    """A stop string is complete: the text before it has been returned and there will be no more."""
+    stop: str | None
+    """The stop string that is complete: the text before it has been returned and there will be no more."""
 
-    def __init__(self, pieces: "_Pieces", stop: Sequence[str]) -> None:
-        self.stopped = False
+    def __init__(self, pieces: "_Pieces", stop: Sequence[str], keep: frozenset[int] = frozenset()) -> None:
+        self.stop = None
         self._pieces = pieces
+        self._keep = keep
         self._first = True
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = [_Stop(text) for text in stop]
         self._held = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self.stop is not None
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that `tokens` made certain: whole characters, none of which can belong to a stop string."""
@@ -135,6 +182,9 @@ class TextStream:
         return text
 
     def _piece(self, id: int) -> bytes:
+        if id in self._keep:
+            self._first = False
+            return self._pieces.spelled(id)
         if not self._first:
             return self._pieces.later(id)
         piece = self._pieces.first(id)
@@ -147,11 +197,10 @@ class TextStream:
         if not self._stops:
             return new
         text = self._held + new
-        completed = [(end, -len(stop.text)) for stop in self._stops if (end := stop.advance(new)) is not None]
+        completed = [(end, -len(stop.text), stop.text) for stop in self._stops if (end := stop.advance(new)) is not None]
         if completed:
-            end, negative_length = min(completed)
+            end, negative_length, self.stop = min(completed)
             certain = len(self._held) + end + negative_length
-            self.stopped = True
             self._held = ""
         else:
             certain = len(text) - max(stop.matched for stop in self._stops)
@@ -197,20 +246,20 @@ class _Pieces:
         # The decoder is asked rather than its configuration, in which a sequence may nest it anywhere.
         self._byte_level = self._decode(["Ã", "©"]) == "é"
         self._byte_fallback = self._decode(["<0xC3>", "<0xA9>"]) == "é"
-        self._special = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        self.special = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
         self._later: dict[int, bytes] = {}
 
     def later(self, id: int) -> bytes:
         """What the token adds behind others: nothing if it is special or unknown."""
         piece = self._later.get(id)
         if piece is None:
-            piece = self._later[id] = b"" if id in self._special else self.spelled(id)
+            piece = self._later[id] = b"" if id in self.special else self.spelled(id)
         return piece
 
     def first(self, id: int) -> bytes | None:
         """What the token adds as the first of a text; None if it adds nothing anywhere, so that the next is the first."""
         token = self._tokenizer.id_to_token(id)
-        if token is None or id in self._special:
+        if token is None or id in self.special:
             return None
         alone = self._decode([token])
         return (self._raw(token) or alone.encode()) if alone else b""
@@ -232,6 +281,16 @@ class _Pieces:
         if self._byte_fallback and (byte := _BYTE_TOKEN.fullmatch(token)):
             return bytes.fromhex(byte[1])
         return None
+
+
+def _check_characters(text: str) -> None:
+    """Raise TextError where `text` has half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X}); send whole characters"
+        ) from None
 
 
 def _byte_alphabet() -> dict[str, int]:

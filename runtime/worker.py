@@ -6,20 +6,23 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import zmq
 
-from runtime import devices, logs, messages, orphan
-from runtime.bundle import MANIFEST, Bundle, BundleError, Variant, read, sha256
+from runtime import devices, encoder, logs, messages, orphan
+from runtime.bundle import MANIFEST, TOKENIZER, Bundle, BundleError, Variant, read, sha256
 from runtime.devices import GPU_MEMORY, DeviceError
 from runtime.draft import Drafter
-from runtime.engine import DeviceLost, Engine, EngineError
+from runtime.embedding_loop import Done, EmbeddingLoop
+from runtime.engine import DeviceLost, EngineError
+from runtime.grammar import Grammars
 from runtime.loading import CPU_SLOTS, MOST_SLOTS, Placement, default_cache, start
 from runtime.loop import QUEUE_FILLS, Loop, News
-from runtime.messages import Attach, Cancel, Generate, Heartbeat, Progress, Ready
+from runtime.messages import Attach, Cancel, Embed, Generate, Heartbeat, Progress, Ready, Refused
 
 log = logging.getLogger("engineshed.worker")
 
@@ -36,7 +39,7 @@ _OUTBOX = 10_000
 class Worker:
     """Serves `loop` to the front ends that attach to a ROUTER socket bound at `address`."""
 
-    def __init__(self, loop: Loop, ready: Ready, address: str) -> None:
+    def __init__(self, loop: Loop | EmbeddingLoop, ready: Ready, address: str) -> None:
         self._loop, self._ready = loop, ready
         self._fronts: set[bytes] = set()
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
@@ -63,7 +66,7 @@ class Worker:
             if self._loop.busy:
                 self._publish(self._loop.step())
             else:
-                self._loop.slots.check()
+                self._loop.check()
             if time.monotonic() >= self._heartbeat_due or self._proven != bool(self._loop.counters.finished):
                 self._beat()
 
@@ -88,8 +91,8 @@ class Worker:
             case Attach():
                 self._fronts.add(owner)
                 self._send(owner, self._ready)
-            case Generate():
-                refused = self._loop.submit(owner, request)
+            case Generate() | Embed():
+                refused = self._submit(owner, request)
                 if refused is not None:
                     self._send(owner, refused)
             case Cancel():
@@ -97,11 +100,24 @@ class Worker:
                 if news is not None:
                     self._publish([news])
 
-    def _publish(self, news: list[News]) -> None:
-        """One message for each front end, with all its rows."""
+    def _submit(self, owner: bytes, request: Generate | Embed) -> Refused | None:
+        """Have the loop take `request`, or say why not."""
+        if isinstance(self._loop, Loop):
+            if isinstance(request, Generate):
+                return self._loop.submit(owner, request)
+            return Refused(request.id, "bad request", f"the model {self._ready.model!r} generates text and gives no embeddings")
+        if isinstance(request, Embed):
+            return self._loop.submit(owner, request)
+        return Refused(request.id, "bad request", f"the model {self._ready.model!r} gives embeddings and generates no text")
+
+    def _publish(self, news: Sequence[News | Done]) -> None:
+        """One message for each front end with all its rows, and one for each request's embeddings."""
         rows: dict[bytes, list[messages.Row]] = {}
         for item in news:
-            rows.setdefault(item.owner, []).append(item.row)
+            if isinstance(item, Done):
+                self._send(item.owner, item.embedded)
+            else:
+                rows.setdefault(item.owner, []).append(item.row)
         for owner, its in rows.items():
             self._send(owner, Progress(its))
 
@@ -208,8 +224,30 @@ def _draft(arguments: argparse.Namespace, manifest: Bundle, place: Placement) ->
     return draft, draft.for_device(place.device.kind, arguments.draft_variant)
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Bundle, Variant, Engine, Drafter | None]:
-    """The engine that the command line asks for, and the one that guesses for it. Raises what `loading.start` does."""
+def _loop(arguments: argparse.Namespace) -> tuple[Loop | EmbeddingLoop, Ready]:
+    """The loop over the engine that the command line asks for, and what to say of it. Raises what `loading.start` does."""
+    manifest = read(arguments.bundle)
+    if arguments.build is not None and sha256(arguments.bundle / MANIFEST) != arguments.build:
+        raise BundleError(f"the bundle {arguments.bundle} has been built anew; reload the model to serve it as it is now")
+    return _embedding(arguments, manifest) if manifest.task == "feature-extraction" else _generating(arguments, manifest)
+
+
+def _embedding(arguments: argparse.Namespace, manifest: Bundle) -> tuple[EmbeddingLoop, Ready]:
+    variant = manifest.for_device(devices.parse(arguments.device).kind, arguments.variant)
+    engine = encoder.start(arguments.bundle, manifest, variant, context=arguments.context, threads=arguments.threads)
+    ready = Ready(
+        model=manifest.name,
+        variant=variant.name,
+        slots=1,  # one batch at a time
+        context=engine.context,
+        queue=arguments.queue,
+        vocab_size=engine.vocab_size,
+        pid=os.getpid(),
+    )
+    return EmbeddingLoop(engine, queue=arguments.queue, queue_tokens=arguments.queue_tokens), ready
+
+
+def _generating(arguments: argparse.Namespace, manifest: Bundle) -> tuple[Loop, Ready]:
     place = Placement(
         device=devices.parse(arguments.device),
         slots=arguments.slots,
@@ -220,33 +258,13 @@ def _load(arguments: argparse.Namespace) -> tuple[Bundle, Variant, Engine, Draft
         build_on_load=arguments.build_on_load,
         cache=arguments.cache,
     )
-    manifest = read(arguments.bundle)
-    if arguments.build is not None and sha256(arguments.bundle / MANIFEST) != arguments.build:
-        raise BundleError(f"the bundle {arguments.bundle} has been built anew; reload the model to serve it as it is now")
     variant = manifest.for_device(place.device.kind, arguments.variant)
     guessing = _draft(arguments, manifest, place)
     engine = start(arguments.bundle, manifest, variant, place, beside=None if guessing is None else guessing[1])
-    if guessing is None:
-        return manifest, variant, engine, None
-    alike = replace(place, slots=engine.slots, context=engine.context)
-    return manifest, variant, engine, Drafter(start(arguments.draft, *guessing, alike), engine)
-
-
-def main() -> int:
-    """The process: load, bind, serve until the parent's pipe closes. Exit status 2 when the engine cannot be loaded."""
-    arguments = _arguments()
-    if arguments.parent is not None:
-        orphan.die_with(arguments.parent)
-    _yield_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
-    logs.setup(arguments.log_level, arguments.log_format)
-    try:
-        if arguments.cores is not None:
-            _pin(arguments.cores)
-        manifest, variant, engine, drafter = _load(arguments)
-    except (BundleError, DeviceError, EngineError) as error:
-        print(f"engineshed: {error}", file=sys.stderr)
-        return BAD_BUNDLE
+    drafter = None
+    if guessing is not None:
+        alike = replace(place, slots=engine.slots, context=engine.context)
+        drafter = Drafter(start(arguments.draft, *guessing, alike), engine)
     ready = Ready(
         model=manifest.name,
         variant=variant.name,
@@ -263,13 +281,32 @@ def main() -> int:
         prefill_budget=arguments.prefill_budget,
         speculation=not arguments.no_speculation,
         drafter=drafter,
+        grammars=Grammars(arguments.bundle / TOKENIZER, engine.vocab_size, manifest.stop_ids),
     )
+    return loop, ready
+
+
+def main() -> int:
+    """The process: load, bind, serve until the parent's pipe closes. Exit status 2 when the engine cannot be loaded."""
+    arguments = _arguments()
+    if arguments.parent is not None:
+        orphan.die_with(arguments.parent)
+    _yield_memory()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    logs.setup(arguments.log_level, arguments.log_format)
+    try:
+        if arguments.cores is not None:
+            _pin(arguments.cores)
+        loop, ready = _loop(arguments)
+    except (BundleError, DeviceError, EngineError) as error:
+        print(f"engineshed: {error}", file=sys.stderr)
+        return BAD_BUNDLE
     try:
         Worker(loop, ready, arguments.socket).run(parent=sys.stdin.fileno())
     except DeviceLost as error:  # a new process may find the device well again
         log.error("%s", error)
         return LOST_DEVICE
-    engine.close()
+    loop.engine.close()
     return 0
 
 

@@ -12,6 +12,8 @@ from server.page.site import PATHS
 OPEN = ("/healthz", "/readyz", *PATHS)
 """Routes that need no key: they say nothing but whether the server works, or are the page, which is the same everywhere."""
 METRICS = "/metrics"
+GEMINI = "/v1beta/"
+"""Where Google's API begins, whose clients may put their key into the address."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,14 @@ def require_admin(request: web.Request) -> None:
 
 
 def _presented(request: web.Request) -> str | None:
-    """The key in the header of OpenAI's, Anthropic's or Google's clients, the first of these that is there."""
-    scheme, _, key = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    """The key in the header of OpenAI's, Anthropic's or Google's clients, the first of these that is there; for Google's API
+    also that in the address.
+    """
+    scheme, _, bearer = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
     if scheme.lower() == "bearer":
-        return key.strip()
-    return request.headers.get("x-api-key", request.headers.get("x-goog-api-key"))
+        return bearer.strip()
+    key = request.headers.get("x-api-key", request.headers.get("x-goog-api-key"))
+    return request.query.get("key") if key is None and request.path.startswith(GEMINI) else key
 
 
 def _over_unix_socket(request: web.Request) -> bool:

@@ -8,9 +8,22 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from runtime import logs
-from server import cors, journal
+from server import constraints, cors, journal
 from server.access import ACCESS, CLIENT, Access, Client, identify
-from server.api import admin, generate, openai, openapi
+from server.api import (
+    admin,
+    chat,
+    completions,
+    embeddings,
+    error_shapes,
+    gemini,
+    generate,
+    messages,
+    models,
+    openapi,
+    responses,
+    tokenizing,
+)
 from server.api.bodies import MAX_BODY
 from server.api.streaming import CLIENT_GONE
 from server.errors import ApiError
@@ -31,13 +44,26 @@ def build(service: Service, access: Access | None = None) -> web.Application:
     app[SERVICE] = service
     app[ACCESS] = Access() if access is None else access
     app.on_response_prepare.append(_mark)
+    app.on_cleanup.append(_end_checks)
     app.add_routes(
         [
-            web.post("/v1/chat/completions", openai.chat_completions),
-            web.post("/v1/completions", openai.completions),
+            web.post("/v1/chat/completions", chat.chat_completions),
+            web.post("/v1/completions", completions.completions),
             web.post("/v1/generate", generate.generate),
-            web.get("/v1/models", openai.models),
-            web.get("/v1/models/{id:.+}", openai.model),
+            web.post("/v1/embeddings", embeddings.embeddings),
+            web.post("/v1/responses", responses.responses),
+            web.get("/v1/responses/{id}", responses.stored),
+            web.post("/v1/messages", messages.messages),
+            web.post("/v1/messages/count_tokens", messages.count_tokens),
+            web.get("/v1beta/models", gemini.models),
+            web.get("/v1beta/models/{model:[^:]+}", gemini.model),
+            web.post("/v1beta/models/{model:[^:]+}:generateContent", gemini.generate_content),
+            web.post("/v1beta/models/{model:[^:]+}:streamGenerateContent", gemini.stream_generate_content),
+            web.post("/v1beta/models/{model:[^:]+}:countTokens", gemini.count_tokens),
+            web.post("/tokenize", tokenizing.tokenizing),
+            web.post("/detokenize", tokenizing.detokenizing),
+            web.get("/v1/models", models.models),
+            web.get("/v1/models/{id:.+}", models.model),
             web.get("/healthz", health),
             web.get("/readyz", readiness),
             web.get("/metrics", metrics),
@@ -113,8 +139,13 @@ async def _identify(request: web.Request, handler: Handler) -> web.StreamRespons
     return await handler(request)
 
 
+async def _end_checks(app: web.Application) -> None:
+    await constraints.close()
+
+
 async def _mark(request: web.Request, response: web.StreamResponse) -> None:
     journal.mark(request, response)
+    error_shapes.mark(request, response)
     cors.mark(request, response, request.app[ACCESS].origins)
 
 
@@ -123,14 +154,14 @@ async def _tell_errors(request: web.Request, handler: Handler) -> web.StreamResp
     try:
         return await handler(request)
     except ApiError as error:
-        return error.response()
+        return error_shapes.answer(request, error)
     except web.HTTPException as error:
-        return _from_http(request, error).response()
+        return error_shapes.answer(request, _from_http(request, error))
     except (ConnectionError, asyncio.CancelledError):
         raise
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
-        return ApiError(500, "The server failed on this request.", code="internal_error").response()
+        return error_shapes.answer(request, ApiError(500, "The server failed on this request.", code="internal_error"))
 
 
 class _FaultsOfThisServer(logging.Filter):

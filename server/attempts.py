@@ -19,7 +19,7 @@ MOST = 2
 makes a worker die as often in a row as gets its model quarantined."""
 PATIENCE_SECONDS = 60.0
 """How long a request waits for an engine that takes the place of its own."""
-_LOOK_SECONDS = 0.05
+LOOK_SECONDS = 0.05
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Attempts:
                 raise EngineUnavailableError(
                     f"The engine stopped, and no other was ready within {PATIENCE_SECONDS:.0f} seconds. Try again later."
                 )
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
         if self._made:
             log.info("a request whose engine stopped before it answered is asked for again")
         return self._ask(client)

@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 from runtime import messages
-from runtime.messages import Attach, Cancel, Generate, Heartbeat, Progress, Ready, Refused, Row
+from runtime.messages import Attach, Cancel, Embed, Embedded, Generate, Heartbeat, Progress, Ready, Refused, Row
 
 PENDING_TOKENS = 1024
 """Tokens that may wait for a client that reads too slowly; then its request is cancelled."""
@@ -100,6 +100,27 @@ class Answer:
             self._waiter.set_result(None)
 
 
+class Vectors:
+    """The embeddings of one request, once they are there."""
+
+    def __init__(self) -> None:
+        self._came: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
+
+    async def embedded(self) -> Embedded:
+        """Wait for them; raises what ended the request instead. To be called once."""
+        return await self._came
+
+    def take(self, embedded: Embedded) -> None:
+        """Give them to who waits."""
+        if not self._came.done():
+            self._came.set_result(embedded)
+
+    def fail(self, error: Exception) -> None:
+        """End the request with `error`."""
+        if not self._came.done():
+            self._came.set_exception(error)
+
+
 class EngineSource(Protocol):
     """Where the HTTP code finds a worker that takes requests."""
 
@@ -123,7 +144,7 @@ class EngineClient:
         self._descriptor: int = self._socket.getsockopt(zmq.FD)
         self._loop.add_reader(self._descriptor, self.receive)
         self._receiving_soon = False
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[str, Answer | Vectors] = {}
         self._ids = (f"{os.getpid()}-{count}" for count in itertools.count())
         self._attached: asyncio.Future[Ready] = self._loop.create_future()
         self.heartbeat: Heartbeat | None = None
@@ -156,11 +177,23 @@ class EngineClient:
     @contextmanager
     def generate(self, request: Generate) -> Iterator[Answer]:
         """Start a request, whose id is this connection's matter; leaving the context before its end cancels it at once."""
-        id_, answer = next(self._ids), Answer()
+        answer = Answer()
+        with self._asking(request, answer):
+            yield answer
+
+    async def embed(self, request: Embed) -> Embedded:
+        """The embeddings that `request` asks for, whose id is this connection's matter; cancelled, so is the request."""
+        vectors = Vectors()
+        with self._asking(request, vectors):
+            return await vectors.embedded()
+
+    @contextmanager
+    def _asking(self, request: Generate | Embed, answer: Answer | Vectors) -> Iterator[None]:
+        id_ = next(self._ids)
         self._answers[id_] = answer
         self._send(msgspec.structs.replace(request, id=id_))
         try:
-            yield answer
+            yield
         finally:
             if self._answers.pop(id_, None) is not None:
                 self._send(Cancel(id_))
@@ -208,6 +241,10 @@ class EngineClient:
             case Progress(rows):
                 for row in rows:
                     self._deliver(row)
+            case Embedded(id_):
+                asked = self._answers.pop(id_, None)
+                if isinstance(asked, Vectors):
+                    asked.take(reply)
             case Heartbeat():
                 self.heartbeat = reply
                 self._others = max(0, reply.running + reply.waiting - len(self._answers))
@@ -231,9 +268,9 @@ class EngineClient:
                 answer.fail(RequestTimedOutError(row.message))
             case "cancelled":
                 answer.fail(EngineUnavailableError("the engine stopped before the answer was complete"))
-            case _:
+            case _ if isinstance(answer, Answer):
                 answer.push(row)
-        if answer.overfull and row.id in self._answers:
+        if isinstance(answer, Answer) and answer.overfull and row.id in self._answers:
             del self._answers[row.id]
             self._send(Cancel(row.id))
             answer.fail(SlowReaderError(f"the client reads too slowly: {PENDING_TOKENS} tokens waited for it"))

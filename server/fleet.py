@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from runtime.bundle import Task
 from runtime.messages import Heartbeat
 
 ModelState = Literal["cold", "waiting", "loading", "ready", "quarantined", "refused"]
@@ -59,6 +60,8 @@ class Offer(msgspec.Struct, frozen=True):
     """It was to be loaded at the start."""
     reason: str = ""
     """Why it is quarantined, refused or waiting."""
+    task: Task = "text-generation"
+    """What it is for."""
 
 
 class Fleet(msgspec.Struct, frozen=True, tag=True):

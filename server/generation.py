@@ -1,14 +1,12 @@
 """One request on its way through the engine: tokens in, pieces of text out, and the count of both."""
 
-import secrets
 import time
 from typing import Literal
 
 import msgspec
 
-from runtime.messages import Row, Sampling
+from runtime.messages import Row, Scored
 from runtime.text import TextStream
-from server.api.bodies import GenerationBody
 from server.engine_client import (
     EngineUnavailableError,
     RequestFailedError,
@@ -19,8 +17,9 @@ from server.engine_client import (
 )
 from server.errors import ApiError, bad_request, unavailable
 from server.metrics import AnswerMetrics
+from server.tools import Arguments, CallStarted, Content, Parser
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
@@ -39,27 +38,56 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """Text that can be sent, and the tokens that completed it; text is empty only in a last piece."""
+    """A part of an answer that can be sent, and the tokens that completed it."""
 
     text: str
     tokens: list[int]
     logprobs: list[float]
+    finish: FinishReason | None = None
+    """Set in an answer's last piece, which alone may have neither text nor calls."""
+    index: int = 0
+    """Which of a request's answers it belongs to."""
+    calls: list[CallStarted | Arguments] = []
+    """What it adds to the answer's calls of tools."""
+    tops: list[list[tuple[int, float]]] = []
+    """With each token the likeliest ones in its place, if they were asked for; see `runtime.messages.Row.tops`."""
+    scored: list[Scored] = []
+    """In the first piece of an answer whose prompt is to be scored: the prompt's tokens from the second on."""
+    stop: str | None = None
+    """In an answer's last piece: the stop string before which it ended."""
 
 
 class Generation:
     """An async iterator of an answer's pieces. Raises ApiError where the answer ends without a finish reason."""
 
-    def __init__(self, prompt: list[int], arrived: float, answer: Rows, text: TextStream, metrics: AnswerMetrics) -> None:
-        """`arrived` is time.perf_counter() when the request came."""
+    def __init__(
+        self,
+        prompt: list[int],
+        arrived: float,
+        answer: Rows,
+        text: TextStream,
+        metrics: AnswerMetrics,
+        parser: Parser | None = None,
+        silent: bool = False,
+    ) -> None:
+        """`arrived` is time.perf_counter() when the request came; `parser` finds the calls of tools in the text.
+
+        A `silent` answer has no tokens: what the engine was asked for is the prompt's scores.
+        """
         self._prompt_tokens = len(prompt)
         self._arrived = arrived
         self._answer = answer
         self._text = text
         self._metrics = metrics
+        self._parser = parser
+        self._silent = silent
         self._started = False
         self._last_token: float | None = None
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
+        self._tops: list[list[tuple[int, float]]] = []
+        self._scored: list[Scored] = []
+        self._called = False
         self._cached = 0
         self._completion_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -75,39 +103,53 @@ class Generation:
         return self
 
     async def __anext__(self) -> Piece:
-        """The next piece, as soon as it has text."""
+        """The next piece, as soon as it shows something."""
+        if self.finish_reason is not None:
+            raise StopAsyncIteration
         text = ""
-        while not text:
-            if self.finish_reason is not None:
-                if not self._tokens:
-                    raise StopAsyncIteration
-                break
+        calls: list[CallStarted | Arguments] = []
+        while not text and not calls and self.finish_reason is None:
             try:
                 rows = await self._answer.rows()
-            except _ENDINGS as error:
-                raise _told(error) from None
+            except ENDINGS as error:
+                raise told(error) from None
             for row in rows:
-                text += self._take(row)
-        piece = Piece(text, self._tokens, self._logprobs)
-        self._tokens, self._logprobs = [], []
+                new = self._take(row)
+                if self._parser is None:
+                    text += new
+                else:
+                    text += self._read(self._parser, new, calls)
+        piece = Piece(text, self._tokens, self._logprobs, self._reason(), 0, calls, self._tops, self._scored, self._text.stop)
+        self._tokens, self._logprobs, self._tops, self._scored = [], [], [], []
         return piece
 
-    async def whole(self) -> Piece:
-        """All that is left of the answer in one piece."""
-        pieces = [piece async for piece in self]
-        return Piece(
-            "".join(piece.text for piece in pieces),
-            [token for piece in pieces for token in piece.tokens],
-            [logprob for piece in pieces for logprob in piece.logprobs],
-        )
+    def _reason(self) -> FinishReason | None:
+        return "tool_calls" if self._called and self.finish_reason == "stop" else self.finish_reason
+
+    def _read(self, parser: Parser, text: str, calls: list[CallStarted | Arguments]) -> str:
+        """What of `text` is content; what belongs to calls is added to `calls`."""
+        events = parser.feed(text) if text else []
+        if self.finish_reason is not None:
+            events += parser.finish()
+        content = ""
+        for event in events:
+            match event:
+                case Content(words):
+                    content += words
+                case CallStarted() | Arguments():
+                    self._called = True
+                    calls.append(event)
+        return content
 
     def _take(self, row: Row) -> str:
         """Count a row's tokens and give the text that they complete."""
         if self.finish_reason is not None:
             return ""
-        text, taken = self._text.take(row.tokens)
+        text, taken = self._text.take(row.tokens) if not self._silent else ("", 0)
         self._tokens += row.tokens[:taken]
         self._logprobs += row.logprobs[:taken]
+        self._tops += row.tops[:taken]
+        self._scored += row.prompt
         self._count(row, taken)
         if row.finish is not None and not self._text.stopped:
             self.finish_reason = "length" if row.finish == "length" else "stop"
@@ -134,11 +176,11 @@ class Generation:
         self._metrics.generated_tokens.inc(tokens)
 
 
-_ENDINGS = (RequestRefusedError, EngineUnavailableError, RequestFailedError, RequestTimedOutError, SlowReaderError)
+ENDINGS = (RequestRefusedError, EngineUnavailableError, RequestFailedError, RequestTimedOutError, SlowReaderError)
 
 
-def _told(error: Exception) -> ApiError:
-    """What the client is told of an answer that ended without a finish reason, by one of `_ENDINGS`."""
+def told(error: Exception) -> ApiError:
+    """What the client is told of an answer that ended without a finish reason, by one of `ENDINGS`."""
     match error:
         case RequestRefusedError(reason="queue full"):
             return ApiError(429, str(error), code="queue_full", headers={"Retry-After": "1"})
@@ -152,14 +194,3 @@ def _told(error: Exception) -> ApiError:
             return ApiError(408, str(error), code="slow_reader")
         case _:
             return ApiError(500, str(error), code="engine_error")
-
-
-def sampling(body: GenerationBody) -> Sampling:
-    """How a body wants its tokens chosen, with OpenAI's defaults; without a seed, a random one."""
-    return Sampling(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=body.top_k or 0,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        min_p=body.min_p or 0.0,
-        seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
-    )

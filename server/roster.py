@@ -16,6 +16,7 @@ from pathlib import Path
 from runtime import bundle as bundles
 from runtime.text import Text
 from server import fleet
+from server.embedder import Embedder
 from server.engine_client import EngineClient, EngineUnavailableError
 from server.errors import ApiError, unavailable
 from server.fleet import Demand, Fleet, Offer
@@ -161,7 +162,8 @@ class Roster:
         else:
             variant = bundle.variant(state.workers[0].variant)
             attachments = list(deployed.attachments.values())
-            deployed.served = Served(state.model, bundle, variant, text, attachments, self._metrics)
+            kind = Embedder if bundle.task == "feature-extraction" else Served
+            deployed.served = kind(state.model, bundle, variant, text, attachments, self._metrics)
         self._wake()
 
     def _forget(self, deployed: _Deployed) -> None:
@@ -189,7 +191,8 @@ class Roster:
 
     def adopt(self, id_: str, served: Served) -> None:
         """Go by a model whose engines somebody else keeps, as a bench does."""
-        model = Offer(served.name, "ready", served.bundle.created, served.bundle.max_length, preloaded=True)
+        bundle = served.bundle
+        model = Offer(served.name, "ready", bundle.created, bundle.max_length, preloaded=True, task=bundle.task)
         self._models[served.name] = model
         deployed = self._deployed[id_] = _Deployed(fleet.Deployment(id_, served.name, "", "", False, ()))
         deployed.served = served

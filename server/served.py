@@ -1,25 +1,29 @@
 """One model as requests use it: its text, and the way to its engines."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
+from typing import Any
 
 from aiohttp import web
 
 from runtime.bundle import Bundle, Variant
 from runtime.messages import Generate, Ready
 from runtime.text import Text, TextError
+from server import constraints
 from server.access import CLIENT
-from server.api.bodies import GenerationBody, Message
+from server.asked import Asked
 from server.attempts import Attempts
+from server.choices import Choices
 from server.doors import Limits
 from server.engine_client import EngineClient, EngineUnavailableError
 from server.errors import bad_request, unavailable
-from server.generation import Generation, sampling
+from server.generation import Generation
 from server.journal import ENTRY
 from server.metrics import Metrics
 from server.replicas import Prompts, Replica, choose, least_busy
+from server.tools import format_of
 
 LONG_TEXT = 10_000
 """Characters from which text is tokenized in a thread, so that the streams do not wait for it."""
@@ -36,6 +40,9 @@ class Served:
         self.text = text
         self.over = False
         """Set when no engine will answer any more."""
+        self.tools = format_of(bundle.tools, text.special_id)
+        """How the model writes calls."""
+        self._vocabulary = constraints.vocabulary(text.folder, bundle)
         self._variant = variant
         self._replicas = replicas
         self._metrics = metrics
@@ -60,11 +67,16 @@ class Served:
         connection = least_busy(self._replicas)
         return self.bundle.max_length if connection is None else connection[1].context
 
-    def check_tokens(self, tokens: list[int]) -> None:
-        """Raise ApiError 400 if one of a prompt's `tokens` is not in the vocabulary."""
+    def check_tokens(self, tokens: list[int], *, of: str = "prompt") -> None:
+        """Raise ApiError 400 if one of the `tokens` in the body's field `of` is not in the vocabulary."""
         for token in tokens:
             if not 0 <= token < self.bundle.vocab_size:
-                raise bad_request(f"The prompt's token {token} is not between 0 and {self.bundle.vocab_size - 1}.", "prompt")
+                raise bad_request(f"The token {token} in {of!r} is not between 0 and {self.bundle.vocab_size - 1}.", of)
+
+    def _check_ids(self, of: str, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            if token >= self.bundle.vocab_size:
+                raise bad_request(f"The token {token} in {of!r} is none of the vocabulary's {self.bundle.vocab_size}.", of)
 
     async def tokenize(self, text: str, *, of: str = "prompt", special: bool = True) -> list[int]:
         """The tokens of the text in the body's field `of`, with the beginning-of-sequence token if `special` and the model
@@ -76,44 +88,80 @@ class Served:
         except TextError as error:
             raise bad_request(str(error), of) from None
 
-    async def tokenize_chat(self, messages: list[Message]) -> list[int]:
-        """The tokens of a chat in the model's own template, up to where its answer begins; raises ApiError 400."""
-        turns = [{"role": "system" if turn.role == "developer" else turn.role, "content": turn.text} for turn in messages]
-        try:
-            if sum(len(turn["content"]) for turn in turns) > LONG_TEXT:
-                return await asyncio.to_thread(self.text.chat, turns)
-            return self.text.chat(turns)
-        except TextError as error:
-            raise bad_request(str(error), "messages") from None
+    async def tokenize_chat(self, messages: Sequence[Mapping[str, Any]], *, of: str = "messages", **layout: Any) -> list[int]:
+        """The tokens of a chat in the model's own template, up to where its answer begins; raises ApiError 400.
 
-    @contextmanager
-    def generate(
+        `layout` are the keyword arguments of `runtime.text.Text.chat`, `of` is the body's field for the messages.
+        """
+        chat = partial(self.text.chat, messages, **layout)
+        try:
+            return await asyncio.to_thread(chat) if _characters(messages) > LONG_TEXT else chat()
+        except TextError as error:
+            raise bad_request(str(error), of) from None
+
+    @asynccontextmanager
+    async def answers(
         self,
         request: web.Request,
-        body: GenerationBody,
-        prompt: list[int],
+        prompts: Sequence[list[int]],
+        asked: Asked,
         *,
         of: str,
         limits: Limits,
         prediction: Sequence[int] = (),
-    ) -> Iterator[Generation]:
-        """Ask the engine to continue `prompt`, the tokens of the body's field `of`; leaving the context frees its slot.
+        calling: Collection[str] | None = None,
+    ) -> AsyncIterator[Choices]:
+        """Have the engine continue each of `prompts`, the tokens of the body's field `of`; leaving the context frees the slots.
 
-        `prediction` is what the client expects as the answer. Raises ApiError: 400 if the prompt is empty, or has no room
-        in the context together with max_tokens; 503.
+        `prediction` is what the client expects as the answer; `calling` names the tools that the answers may call. Raises
+        ApiError, here or while the answers are read: 400 if a prompt is empty, has no room in the context together with
+        max_tokens, or cannot be answered in the form that is asked for; 503.
         """
+        self._check_ids("logit_bias", asked.sampling.logit_bias)
+        self._check_ids("stop_token_ids", asked.stop_ids)
+        if asked.constraint is not None:
+            await constraints.check(asked.constraint, self._vocabulary, of=asked.form)
+        starts = [
+            [
+                partial(self._generate, request, prompt, asked, nth, of, limits, prediction, calling)
+                for nth in range(asked.count)
+            ]
+            for prompt in prompts
+        ]
+        connection = least_busy(self._replicas)
+        async with Choices(starts, connection[1].slots if connection is not None else 1) as choices:
+            request[ENTRY].model, request[ENTRY].answer = self.name, choices
+            yield choices
+
+    @contextmanager
+    def _generate(
+        self,
+        request: web.Request,
+        prompt: list[int],
+        asked: Asked,
+        nth: int,
+        of: str,
+        limits: Limits,
+        prediction: Sequence[int],
+        calling: Collection[str] | None,
+    ) -> Iterator[Generation]:
         connection = choose(self._replicas, self._prompts, prompt)
         client, ready = connection or (None, self._ready)
         if ready is None:
             raise unavailable("The engine is not ready. Try again in a moment.")
         self._ready = ready
+        room = _room(ready, asked, prompt, of)
         wanted = Generate(
             id="",
             prompt=prompt,
-            max_tokens=_room(ready, body, prompt, of),
-            sampling=sampling(body),
-            stop_ids=[] if body.ignore_eos else list(self.bundle.stop_ids),
-            speculation=body.speculation is not False,
+            max_tokens=max(room, 1),
+            sampling=asked.nth(nth),
+            stop_ids=[*asked.stop_ids, *(() if asked.ignore_eos else self.bundle.stop_ids)],
+            min_tokens=asked.min_tokens,
+            top_logprobs=asked.top_logprobs,
+            prompt_logprobs=asked.prompt_logprobs,
+            constraint=asked.constraint,
+            speculation=asked.speculation,
             prediction=list(prediction[: ready.context]),
             client=request[CLIENT].name,
             priority=request[CLIENT].priority,
@@ -123,9 +171,9 @@ class Served:
         device = next((replica.device for replica in self._replicas if replica.client is client), self._replicas[0].device)
         with Attempts(wanted, client, self._other) as answer:
             metrics = self._metrics.of(self.name, device)
-            generation = Generation(prompt, request[ENTRY].arrived, answer, self.text.stream(body.stops), metrics)
-            request[ENTRY].model, request[ENTRY].answer = self.name, generation
-            yield generation
+            text = self.text.stream(asked.stops, keep=() if calling is None else self.tools.special)
+            parser = None if calling is None else self.tools.parser(calling)
+            yield Generation(prompt, request[ENTRY].arrived, answer, text, metrics, parser, silent=not room)
 
     def _other(self) -> EngineClient | None:
         """An engine for a request whose own has stopped; raises EngineUnavailableError where there will be none."""
@@ -135,10 +183,10 @@ class Served:
         return None if connection is None else connection[0]
 
 
-def _room(ready: Ready, body: GenerationBody, prompt: list[int], of: str) -> int:
+def _room(ready: Ready, asked: Asked, prompt: list[int], of: str) -> int:
     """The most tokens that the answer may have."""
     context, length = ready.context, len(prompt)
-    name, wanted = body.limit
+    name, wanted = asked.limit, asked.max_tokens
     if not prompt:
         raise bad_request("The prompt is empty; there is nothing to continue.", of)
     if length >= context:
@@ -156,3 +204,16 @@ def _room(ready: Ready, body: GenerationBody, prompt: list[int], of: str) -> int
             "context_length_exceeded",
         )
     return context - length if wanted is None else wanted
+
+
+def _characters(value: object) -> int:
+    """Of all texts in a JSON value."""
+    match value:
+        case str():
+            return len(value)
+        case Mapping():
+            return sum(map(_characters, value.values()))
+        case list() | tuple():
+            return sum(map(_characters, value))
+        case _:
+            return 0

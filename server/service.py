@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from runtime.bundle import Task
 from server.doors import Limits
-from server.errors import ApiError, unavailable
+from server.errors import ApiError, bad_request, unavailable
 from server.fleet import Action, Offer, Outcome, Status
 from server.journal import ENTRY
 from server.metrics import Metrics
@@ -55,11 +56,11 @@ class Service:
             )
         return failed
 
-    def default(self) -> str:
-        """The model of a request that names none. Raises ApiError."""
-        first = next(iter(self.roster.models), None)
+    def default(self, task: Task = "text-generation") -> str:
+        """The model of a request that names none: the first that is for `task`. Raises ApiError."""
+        first = next((model for model in self.roster.models if model.task == task), None)
         if first is None:
-            raise unavailable("No model can be served: there is no bundle. Build one with: engineshed export")
+            raise unavailable(f"No model for {task} can be served: there is no bundle. Build one with: engineshed export")
         return first.name
 
     def model(self, name: str) -> Offer:
@@ -80,11 +81,16 @@ class Service:
             raise unavailable("The supervisor does not answer.") from None
 
     @asynccontextmanager
-    async def lease(self, request: web.Request, name: str | None) -> AsyncIterator[tuple[Served, Limits]]:
-        """The model that a request names, loaded, and what is left of the request's time. Raises ApiError."""
+    async def lease(
+        self, request: web.Request, name: str | None, task: Task = "text-generation"
+    ) -> AsyncIterator[tuple[Served, Limits]]:
+        """The model that a request names, which must be for `task`, loaded, and what is left of the request's time.
+
+        Raises ApiError.
+        """
         if self.draining:
             raise unavailable("The server is shutting down.")
-        chosen = self.default() if name is None else self.model(name).name
+        chosen = self.default(task) if name is None else _suited(self.model(name), task).name
         limits = [seconds for seconds in (self.limits.queue_seconds, self.limits.total_seconds) if seconds]
         async with self.roster.lease(chosen, min(limits, default=self.patience)) as served:
             yield served, self._left(time.perf_counter() - request[ENTRY].arrived)
@@ -96,6 +102,24 @@ class Service:
             return max(seconds - taken, 0.001) if seconds else 0.0
 
         return Limits(less(self.limits.queue_seconds), less(self.limits.total_seconds))
+
+
+_ROUTES: dict[Task, str] = {
+    "text-generation": "generates text, for /v1/chat/completions, /v1/completions and /v1/generate",
+    "feature-extraction": "gives embeddings, for /v1/embeddings",
+}
+
+
+def _suited(model: Offer, task: Task) -> Offer:
+    """`model` itself; raises ApiError 400 where it is not for `task`."""
+    if model.task != task and model.state != "refused":  # what a damaged bundle is for, nobody knows
+        raise mismatch(model.name, model.task)
+    return model
+
+
+def mismatch(name: str, task: Task) -> ApiError:
+    """A request for something else than `task`, which the model `name` is for."""
+    return bad_request(f"The model {name!r} {_ROUTES[task]}; this route is not for it.", "model", "model_not_supported")
 
 
 SERVICE = web.AppKey("service", Service)

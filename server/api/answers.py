@@ -1,14 +1,23 @@
 """The bodies that OpenAI's clients expect as answers, whole and in chunks."""
 
-import itertools
 from typing import Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from runtime.bundle import Task
 from runtime.text import Text
+from server.choices import Whole
 from server.fleet import ModelState
 from server.generation import FinishReason, Piece, Usage
+
+
+class Alternative(msgspec.Struct, frozen=True):
+    """One of the likeliest tokens in a chosen token's place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -17,7 +26,8 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     token: str
     logprob: float
     bytes: list[int]
-    top_logprobs: list[None] = []
+    top_logprobs: list[Alternative]
+    """Likeliest first."""
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):
@@ -27,37 +37,70 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     refusal: None = None
 
     @classmethod
-    def of(cls, piece: Piece, text: Text) -> "ChatLogprobs":
+    def of(cls, piece: Piece | Whole, text: Text) -> "ChatLogprobs":
         """Those of `piece`."""
+        tops = piece.tops or [[]] * len(piece.tokens)
         return cls(
             [
-                TokenLogprob(text.token_text(token), logprob, list(text.token_bytes(token)))
-                for token, logprob in zip(piece.tokens, piece.logprobs, strict=True)
+                TokenLogprob(
+                    text.token_text(token),
+                    told(logprob),
+                    list(text.token_bytes(token)),
+                    [Alternative(text.token_text(id), told(each), list(text.token_bytes(id))) for id, each in top],
+                )
+                for token, logprob, top in zip(piece.tokens, piece.logprobs, tops, strict=True)
             ]
         )
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
-    """The chosen tokens of a completion."""
+    """The tokens of a completion, those of its prompt among them if that is given back."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: None
+    token_logprobs: list[float | None]
+    """Null for a prompt's first token, before which there is nothing."""
+    top_logprobs: list[dict[str, float] | None] | None
+    """By token: the likeliest ones in its place, and itself; null where no alternatives were asked for."""
     text_offset: list[int]
-    """Where each token begins, in characters from the answer's start."""
+    """Where each token begins, in characters from the text's start."""
 
-    @classmethod
-    def of(cls, piece: Piece, text: Text, offset: int) -> "CompletionLogprobs":
-        """Those of `piece`, which begins `offset` characters into the answer."""
-        tokens = [text.token_text(token) for token in piece.tokens]
-        starts = itertools.accumulate(map(len, tokens[:-1]), initial=offset)
-        return cls(tokens, piece.logprobs, None, list(starts) if tokens else [])
+
+def told(logprob: float) -> float:
+    """A log-probability as JSON can say it: what cannot be chosen at all is OpenAI's -9999."""
+    return max(logprob, -9999.0)
+
+
+class FunctionDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is called, or a part of what it is given."""
+
+    arguments: str
+    """JSON."""
+    name: str | UnsetType = UNSET
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call of a function."""
+
+    id: str
+    function: FunctionDelta
+    type: Literal["function"] = "function"
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a chunk adds to a call; its id and its name come first."""
+
+    index: int
+    function: FunctionDelta
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
     """The answer of a chat."""
 
-    content: str
+    content: str | None
+    """Null where the answer only calls tools."""
+    tool_calls: list[ToolCall] | UnsetType = UNSET
     role: Literal["assistant"] = "assistant"
     refusal: None = None
 
@@ -67,10 +110,11 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
-    """The one answer of a whole chat completion."""
+    """One answer of a whole chat completion."""
 
     message: AssistantMessage
     finish_reason: FinishReason | None
@@ -79,7 +123,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
 
 
 class ChatDelta(msgspec.Struct, frozen=True):
-    """The one answer's part in a chunk."""
+    """One answer's part in a chunk."""
 
     delta: Delta
     finish_reason: FinishReason | None = None
@@ -88,7 +132,7 @@ class ChatDelta(msgspec.Struct, frozen=True):
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):
-    """The one answer of a completion, or its part in a chunk."""
+    """One answer of a completion, or its part in a chunk."""
 
     text: str
     finish_reason: FinishReason | None = None
@@ -141,6 +185,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     """cold: it is loaded when it is asked for; quarantined: it crashed too often, and is not loaded again by itself."""
     reason: str | None = None
     """Why it is waiting, quarantined or refused."""
+    task: Task = "text-generation"
+    """What it is for: answers, or embeddings (feature-extraction)."""
     object: Literal["model"] = "model"
     owned_by: str = "engineshed"
 

@@ -14,8 +14,9 @@ import msgspec
 def describe(types: Iterable[type[msgspec.Struct]], schemas: dict[str, dict[str, Any]]) -> None:
     """Write into `schemas`, which are those of `types` and of all that they hold, what each of their fields means."""
     for struct in _structs(types):
+        names = {field.encode_name: field.name for field in msgspec.structs.fields(struct)}
         for name, schema in schemas.get(struct.__name__, {}).get("properties", {}).items():
-            text = _meaning(struct, name)
+            text = _meaning(struct, names.get(name, name))
             if text:
                 schema["description"] = text
 

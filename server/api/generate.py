@@ -5,8 +5,9 @@ from aiohttp import web
 
 from server.api.bodies import GenerateBody, read
 from server.api.streaming import Form, send
+from server.choices import Choices
 from server.errors import ApiError
-from server.generation import FinishReason, Generation, Piece, Usage
+from server.generation import FinishReason, Piece, Usage
 from server.service import SERVICE
 
 NDJSON = "application/x-ndjson"
@@ -40,7 +41,7 @@ class PlainText:
         """The text."""
         return piece.text.encode()
 
-    def end(self, generation: Generation) -> bytes:
+    def end(self, choices: Choices) -> bytes:
         """Nothing."""
         return b""
 
@@ -54,17 +55,23 @@ class JsonLines:
 
     content_type = NDJSON
 
+    def __init__(self) -> None:
+        self._finish: FinishReason | None = None
+
     def begin(self) -> bytes:
         """Nothing."""
         return b""
 
     def piece(self, piece: Piece) -> bytes:
-        """A `Line`."""
+        """A `Line`, unless there is nothing left to tell but how the answer ended."""
+        self._finish = piece.finish
+        if not piece.tokens:
+            return b""
         return msgspec.json.encode(Line(piece.text, piece.tokens, piece.logprobs)) + b"\n"
 
-    def end(self, generation: Generation) -> bytes:
+    def end(self, choices: Choices) -> bytes:
         """A `LastLine`."""
-        return msgspec.json.encode(LastLine(generation.finish_reason, generation.usage)) + b"\n"
+        return msgspec.json.encode(LastLine(self._finish, choices.usage)) + b"\n"
 
     def error(self, error: ApiError) -> bytes:
         """An error object in OpenAI's shape."""
@@ -76,7 +83,8 @@ async def generate(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     body = await read(request, GenerateBody)
     form: Form = JsonLines() if NDJSON in request.headers.get("Accept", "") else PlainText()
+    asked = body.asked()
     async with service.lease(request, body.model) as (served, limits):
         prompt = await served.tokenize(body.prompt)
-        with served.generate(request, body, prompt, of="prompt", limits=limits) as generation:
-            return await send(request, generation, form)
+        async with served.answers(request, [prompt], asked, of="prompt", limits=limits) as choices:
+            return await send(request, choices, form)

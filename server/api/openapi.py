@@ -12,12 +12,22 @@ from typing import Any, Literal
 import msgspec
 from aiohttp import web
 
-from server.access import METRICS, OPEN
-from server.api import field_docs
+from server.access import GEMINI, METRICS, OPEN
+from server.api import field_docs, messages_answers, responses_answers
 from server.api.admin import ModelStatus, ServerStatus
 from server.api.answers import ChatChunk, ChatCompletion, Completion, Model, ModelList
-from server.api.bodies import MAX_BODY, ChatBody, CompletionBody, GenerateBody
+from server.api.bodies import MAX_BODY, GenerateBody
+from server.api.embeddings import EmbeddingBody, EmbeddingList
+from server.api.error_shapes import GeminiError, MessagesError
+from server.api.gemini_answers import CountTokensAnswer, GeminiModel, GeminiModelList, GenerateContentAnswer
+from server.api.gemini_bodies import CountTokensBody, GenerateContentBody
 from server.api.generate import NDJSON, LastLine, Line
+from server.api.messages_answers import MessagesAnswer, TokenCount
+from server.api.messages_bodies import Conversation, MessagesBody
+from server.api.openai_bodies import ChatBody, CompletionBody
+from server.api.responses_answers import ResponseObject
+from server.api.responses_bodies import ResponsesBody
+from server.api.tokenizing import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 from server.errors import ErrorBody
 from server.journal import HEADER
 from server.page import site
@@ -61,6 +71,8 @@ class Operation:
     parameters: tuple[Schema, ...] = ()
     errors: tuple[int, ...] = field(default=())
     """Statuses other than 200, besides those of a missing key and of a body that cannot be read."""
+    error: type[msgspec.Struct] = ErrorBody
+    """What these have as their body."""
 
 
 _OUTCOMES = {
@@ -80,6 +92,9 @@ _OUTCOMES = {
 """When each status other than 200 comes."""
 
 _GENERATING = (404, 408, 429, 500, 503, 504)
+_EMBEDDING = (404, 429, 500, 503, 504)
+_LOADING = (404, 429, 503)
+_NAMED_EVENTS = "Server-sent events, the data of each JSON with the event's name as its type."
 _CHUNKS = "Server-sent events, the data of each JSON but for the last, [DONE]. What goes wrong on the way is an event `error`."
 _MODEL_NAME: Schema = {
     "name": "name",
@@ -89,6 +104,13 @@ _MODEL_NAME: Schema = {
     "schema": {"type": "string", "minLength": 1},
 }
 _MODEL_ID: Schema = {**_MODEL_NAME, "name": "id"}
+_GEMINI_MODEL: Schema = {**_MODEL_NAME, "name": "model", "schema": {"type": "string", "pattern": "^[^:]+$"}}
+_ALT: Schema = {
+    "name": "alt",
+    "in": "query",
+    "description": "How the stream is written: as an array or as server-sent events.",
+    "schema": {"enum": ["json", "sse"], "default": "json"},
+}
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/chat/completions"): Operation(
@@ -114,6 +136,84 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         },
         body=GenerateBody,
         errors=_GENERATING,
+    ),
+    ("POST", "/v1/embeddings"): Operation(
+        "embeddings", "Give the embedding of each input.", {JSON: EmbeddingList}, body=EmbeddingBody, errors=_EMBEDDING
+    ),
+    ("POST", "/v1/responses"): Operation(
+        "responses",
+        "Answer a conversation, whole or as a stream.",
+        {JSON: ResponseObject, SSE: Stream(_NAMED_EVENTS, responses_answers.EVENTS)},
+        body=ResponsesBody,
+        errors=_GENERATING,
+    ),
+    ("GET", "/v1/responses/{id}"): Operation(
+        "stored_response",
+        "None is stored, so that there is none.",
+        {},
+        parameters=({**_MODEL_NAME, "name": "id", "description": "A response's id."},),
+        errors=(404,),
+    ),
+    ("POST", "/v1/messages"): Operation(
+        "messages",
+        "Answer a conversation, whole or as a stream.",
+        {JSON: MessagesAnswer, SSE: Stream(_NAMED_EVENTS, (*messages_answers.EVENTS, MessagesError))},
+        body=MessagesBody,
+        errors=_GENERATING,
+        error=MessagesError,
+    ),
+    ("POST", "/v1/messages/count_tokens"): Operation(
+        "count_message_tokens",
+        "Count a conversation's tokens.",
+        {JSON: TokenCount},
+        body=Conversation,
+        errors=_LOADING,
+        error=MessagesError,
+    ),
+    ("GET", "/v1beta/models"): Operation("gemini_models", "List the models.", {JSON: GeminiModelList}, error=GeminiError),
+    ("GET", "/v1beta/models/{model}"): Operation(
+        "gemini_model",
+        "Describe a model.",
+        {JSON: GeminiModel},
+        parameters=(_GEMINI_MODEL,),
+        errors=(404,),
+        error=GeminiError,
+    ),
+    ("POST", "/v1beta/models/{model}:generateContent"): Operation(
+        "generate_content",
+        "Answer a conversation whole.",
+        {JSON: GenerateContentAnswer},
+        body=GenerateContentBody,
+        parameters=(_GEMINI_MODEL,),
+        errors=_GENERATING,
+        error=GeminiError,
+    ),
+    ("POST", "/v1beta/models/{model}:streamGenerateContent"): Operation(
+        "stream_generate_content",
+        "Answer a conversation as a stream: one JSON array, or server-sent events.",
+        {
+            JSON: Stream("An array, whose elements come as they are made.", (GenerateContentAnswer, GeminiError)),
+            SSE: Stream("Server-sent events, the data of each JSON.", (GenerateContentAnswer, GeminiError)),
+        },
+        body=GenerateContentBody,
+        parameters=(_GEMINI_MODEL, _ALT),
+        errors=_GENERATING,
+        error=GeminiError,
+    ),
+    ("POST", "/v1beta/models/{model}:countTokens"): Operation(
+        "count_content_tokens",
+        "Count a conversation's tokens.",
+        {JSON: CountTokensAnswer},
+        body=CountTokensBody,
+        parameters=(_GEMINI_MODEL,),
+        errors=_LOADING,
+        error=GeminiError,
+    ),
+    ("POST", "/tokenize"): Operation(
+        "tokenize", "Tell the tokens of a prompt or a chat.", {JSON: Tokenized}, body=TokenizeBody, errors=_LOADING
+    ),
+    ("POST", "/detokenize"): Operation(
+        "detokenize", "Tell the text of tokens.", {JSON: Detokenized}, body=DetokenizeBody, errors=_LOADING
     ),
     ("GET", "/v1/models"): Operation("models", "List the models.", {JSON: ModelList}),
     ("GET", "/v1/models/{id}"): Operation("model", "Describe a model.", {JSON: Model}, parameters=(_MODEL_ID,), errors=(404,)),
@@ -189,10 +289,13 @@ _KEYS: Schema = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
     "x-goog-api-key": {"type": "apiKey", "in": "header", "name": "x-goog-api-key"},
+    "key": {"type": "apiKey", "in": "query", "name": "key"},
 }
+_IN_ADDRESS = "key"
+"""The one of these that only Google's API takes."""
 _EVENT: Schema = {
     "type": "object",
-    "properties": {"event": {"enum": ["message", "error"]}, "data": {"type": "string"}},
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
     "required": ["data"],
 }
 """A server-sent event as it is parsed."""
@@ -207,7 +310,7 @@ def _encoded() -> bytes:
 
 def _types(operation: Operation) -> list[type[msgspec.Struct]]:
     """Those of its bodies and answers, and of every error."""
-    found: list[type[msgspec.Struct]] = [ErrorBody]
+    found: list[type[msgspec.Struct]] = [operation.error]
     if operation.body is not None:
         found.append(operation.body)
     for answer in operation.answers.values():
@@ -219,19 +322,21 @@ def _operation(path: str, operation: Operation) -> Schema:
     statuses = set(operation.errors)
     described: Schema = {"operationId": operation.id, "summary": operation.summary}
     if path not in OPEN:
-        described["security"] = [_NEEDLESS, *({name: []} for name in _KEYS)]
+        keys = [name for name in _KEYS if name != _IN_ADDRESS or path.startswith(GEMINI)]
+        described["security"] = [_NEEDLESS, *({name: []} for name in keys)]
         statuses.add(401)
     if operation.parameters:
         described["parameters"] = list(operation.parameters)
     if operation.body is not None:
         described["requestBody"] = {"required": True, "content": {JSON: {"schema": _reference(operation.body)}}}
         statuses |= {400, 413}
-    answer = {
-        "description": operation.summary,
-        "headers": _headers(200),
-        "content": {media: _content(media, each) for media, each in operation.answers.items()},
-    }
-    described["responses"] = {"200": answer, **{str(status): _error(status) for status in sorted(statuses)}}
+    described["responses"] = {str(status): _error(status, operation.error) for status in sorted(statuses)}
+    if operation.answers:
+        described["responses"]["200"] = {
+            "description": operation.summary,
+            "headers": _headers(200),
+            "content": {media: _content(media, each) for media, each in operation.answers.items()},
+        }
     return described
 
 
@@ -242,16 +347,18 @@ def _content(media: str, answer: type[msgspec.Struct] | Stream) -> Schema:
         content: Schema = {"schema": {**_EVENT, "description": answer.description}}
     else:
         content = {"schema": {"type": "object" if media == JSON else "string", "description": answer.description}}
-    if answer.items:
+    if answer.items and media == JSON:
+        content["schema"] = {"type": "array", "items": {"anyOf": [_reference(item) for item in answer.items]}}
+    elif answer.items:
         content["x-item-schema"] = {"anyOf": [_reference(item) for item in answer.items]}
     return content
 
 
-def _error(status: int) -> Schema:
+def _error(status: int, body: type[msgspec.Struct]) -> Schema:
     return {
         "description": f"{HTTPStatus(status).phrase}. {_OUTCOMES[status]}",
         "headers": _headers(status),
-        "content": {JSON: {"schema": _reference(ErrorBody)}},
+        "content": {JSON: {"schema": _reference(body)}},
     }
 
 

@@ -6,8 +6,9 @@ from typing import Protocol
 
 from aiohttp import hdrs, web
 
+from server.choices import Choices
 from server.errors import ApiError
-from server.generation import Generation, Piece
+from server.generation import Piece
 from server.journal import STATUS
 
 SEND_SECONDS = 30.0
@@ -38,8 +39,8 @@ class Form(Protocol):
         """One piece; empty if it shows nothing."""
         ...
 
-    def end(self, generation: Generation) -> bytes:
-        """What comes after the last text of an answer that is complete."""
+    def end(self, choices: Choices) -> bytes:
+        """What comes after the last piece of the last answer, where all are complete."""
         ...
 
     def error(self, error: ApiError) -> bytes | None:
@@ -47,26 +48,26 @@ class Form(Protocol):
         ...
 
 
-async def send(request: web.Request, generation: Generation, form: Form) -> web.StreamResponse:
-    """Write a whole answer as a stream.
+async def send(request: web.Request, choices: Choices, form: Form) -> web.StreamResponse:
+    """Write answers as a stream, as they come.
 
     The status is decided when there is something to say: what goes wrong before the first text is raised as
     ApiError, and what goes wrong later is told inside the stream or, where its form has no words for it, by a
     connection that breaks off instead of ending.
     """
-    first = await anext(generation, None)
+    first = await anext(choices)
     response = web.StreamResponse(
         headers={"Content-Type": form.content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     )
     await response.prepare(request)
     line = _Line(request, response)
     try:
-        await line.write(form.begin() + (form.piece(first) if first else b""))
-        async for piece in generation:
+        await line.write(form.begin() + form.piece(first))
+        async for piece in choices:
             data = form.piece(piece)
             if not line.offer(data):
                 await line.write(data)
-        await line.write(form.end(generation))
+        await line.write(form.end(choices))
     except TimeoutError:
         log.info("dropped a client that took nothing for %.0f s", SEND_SECONDS)
         request[STATUS] = CLIENT_GONE

@@ -11,7 +11,7 @@ from msgspec import Meta
 from runtime import devices
 from runtime.bundle import MANIFEST, BundleError, Variant
 from runtime.devices import LOGIT_ROWS, WORKSPACE, DeviceError
-from runtime.footprint import footprint
+from runtime.footprint import encoder_footprint, footprint
 from server.supervision.catalog import Catalog, Entry
 from server.supervision.placement import Seat
 from server.supervision.process import command
@@ -98,6 +98,8 @@ def launches(entry: Entry, common: Common, seats: Sequence[Seat], catalog: Catal
 def _launch(entry: Entry, options: ModelOptions, common: Common, seat: Seat, catalog: Catalog) -> Launch:
     variant = entry.bundle.for_device(seat.device.kind, options.variant)
     longest = entry.bundle.longest(variant)
+    if entry.bundle.encoder is not None:
+        return _launch_encoder(entry, variant, min(options.context or CONTEXT, longest), common, seat)
     context = options.context or min(CONTEXT, longest)
     if context > longest:
         raise BundleError(
@@ -124,6 +126,17 @@ def _launch(entry: Entry, options: ModelOptions, common: Common, seat: Seat, cat
         **common.worker,
     )
     return Launch(seat, variant.name, line, need, why)
+
+
+def _launch_encoder(entry: Entry, variant: Variant, context: int, common: Common, seat: Seat) -> Launch:
+    """For embeddings: there are no slots and no guesses, and a context that is meant for longer models is cut to this one's."""
+    assert entry.bundle.encoder is not None
+    full = encoder_footprint(variant, entry.bundle.encoder, context=context)
+    cores = ",".join(map(str, seat.cores)) or None
+    line = command(
+        entry.folder, variant.name, build=entry.build, device=str(seat.device), context=context, cores=cores, **common.worker
+    )
+    return Launch(seat, variant.name, line, full.total, full.arithmetic())
 
 
 def _need(entry: Entry, variant: Variant, slots: int | None, context: int, seat: Seat) -> tuple[int, str]:

@@ -127,7 +127,8 @@ class Models:
         if not isinstance(entry, Entry):
             return Offer(name, state, preloaded=name in self._rules.preload, reason=reason)
         longest = entry.bundle.max_length
-        return Offer(name, state, entry.bundle.created, min(context or longest, longest), name in self._rules.preload, reason)
+        preloaded, task = name in self._rules.preload, entry.bundle.task
+        return Offer(name, state, entry.bundle.created, min(context or longest, longest), preloaded, reason, task)
 
     def _state(self, name: str) -> ModelState:
         mine = self.of(name)

@@ -36,6 +36,7 @@ class Instant:
     row_cost = 0.2
     step_cost = 1.0
     chunk = 128
+    rows = 64
     runs_ahead = False
 
     def __init__(self) -> None:
@@ -44,6 +45,9 @@ class Instant:
     def step(self, batch: Batch, ahead: Draw | None = None) -> tuple[Int64, Float32]:
         rows = len(batch.logit_rows)
         return self._chance.integers(0, VOCAB, rows), np.full(rows, -1, np.float32)
+
+    def alternatives(self) -> tuple[Int64, Float32]:
+        return np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32)
 
     def copy(self, source: int, target: int, length: int) -> None:
         pass

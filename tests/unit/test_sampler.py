@@ -32,6 +32,16 @@ class Settings:
     min_p: float = 0.0
     uniform: float = 0.5
     forced: int = -1
+    allowed: frozenset[int] | None = None
+    """The only tokens that may come; None for all."""
+    bias: tuple[tuple[int, float], ...] = ()
+    scale: tuple[tuple[int, float], ...] = ()
+    penalty: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def adorned(self) -> bool:
+        """It wants what the plain sampler for GPUs lacks."""
+        return self.allowed is not None or bool(self.bias or self.scale or self.penalty)
 
 
 GREEDY = Settings(temperature=0.0)
@@ -43,10 +53,12 @@ class Drawn:
 
     tokens: list[int]
     logprobs: npt.NDArray[np.float32] = field(repr=False)
+    top_tokens: npt.NDArray[np.int64] = field(repr=False)
+    top_logprobs: npt.NDArray[np.float32] = field(repr=False)
 
 
-KINDS = ("branching", "flat")
-"""The sampler as a part of the CPU's graphs, and as a graph of its own for GPUs."""
+KINDS = ("branching", "flat", "adorned")
+"""The sampler as a part of the CPU's graphs, and the two graphs of their own for GPUs."""
 _kind = KINDS[0]
 
 
@@ -60,8 +72,8 @@ def kind_of_sampler(request: pytest.FixtureRequest) -> None:
 @cache
 def sampler(vocab: int, kind: str) -> ort.InferenceSession:
     """A graph from logits [rows, vocab], named "given" or "logits", to tokens and log-probabilities."""
-    if kind == "flat":
-        flat = sampling_graph(vocab)
+    if kind != "branching":
+        flat = sampling_graph(vocab, adorned=kind == "adorned")
         return ort.InferenceSession(ir.serde.serialize_model(flat).SerializeToString(), providers=["CPUExecutionProvider"])
     shape, dtype = ir.Shape(["rows", vocab]), ir.TensorType(ir.DataType.FLOAT)
     given, logits = (ir.Value(name=name, shape=shape, type=dtype) for name in ("given", "logits"))
@@ -71,20 +83,45 @@ def sampler(vocab: int, kind: str) -> ort.InferenceSession:
     return ort.InferenceSession(ir.serde.serialize_model(model).SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-def draw(logits: Array, rows: list[Settings]) -> Drawn:
+def draw(logits: Array, rows: list[Settings], alternatives: int = 0) -> Drawn:
     """Run the sampler over `logits` [rows, vocab], or [vocab] for all rows."""
-    vocab = logits.shape[-1]
-    name = "logits" if _kind == "flat" else "given"
-    feeds: dict[str, npt.NDArray[np.generic]] = {name: np.broadcast_to(logits, (len(rows), vocab)).astype(np.float32)}
+    vocab, count = logits.shape[-1], len(rows)
+    adorned = any(row.adorned for row in rows) or alternatives > 0
+    kind = "adorned" if _kind == "flat" and adorned else _kind
+    feeds: dict[str, npt.NDArray[np.generic]] = {
+        "given" if kind == "branching" else "logits": np.broadcast_to(logits, (count, vocab)).astype(np.float32)
+    }
     for name in ("temperature", "top_p", "min_p", "uniform"):
         feeds[name] = np.array([getattr(row, name) for row in rows], np.float32)
     for name in ("top_k", "forced"):
         feeds[name] = np.array([getattr(row, name) for row in rows], np.int64)
-    tokens, logprobs = sampler(vocab, _kind).run(["tokens", "logprobs"], feeds)
+    if kind != "flat":
+        feeds |= adornments(vocab, rows, always=kind == "adorned" or adorned)
+    if kind == "branching":
+        feeds["alternatives"] = np.array([alternatives], np.int64)
+    tokens, logprobs, *tops = sampler(vocab, kind).run(None, feeds)
     assert tokens.dtype == np.int64
     assert logprobs.dtype == np.float32
-    assert tokens.shape == logprobs.shape == (len(rows),)
-    return Drawn(tokens.tolist(), logprobs)
+    assert tokens.shape == logprobs.shape == (count,)
+    top_tokens, top_logprobs = tops or (np.zeros((count, 0), np.int64), np.zeros((count, 0), np.float32))
+    return Drawn(tokens.tolist(), logprobs, top_tokens[:, :alternatives], top_logprobs[:, :alternatives])
+
+
+def adornments(vocab: int, rows: list[Settings], always: bool) -> dict[str, npt.NDArray[np.generic]]:
+    """The tensors for masks and adjustments: as long as the longest row, and padded by the rule of `Adjustments`."""
+    words = -(-vocab // 32)
+    mask = np.zeros((len(rows) if always else 0, 32 * words), bool)
+    for number in range(len(mask)):
+        allowed = rows[number].allowed
+        mask[number, slice(None) if allowed is None else list(allowed)] = True
+    changed = [sorted({token for change in (row.bias, row.scale, row.penalty) for token, _ in change}) for row in rows]
+    most = max(map(len, changed), default=0)
+    ids = np.array([(tokens + (tokens[:1] or [3]) * most)[:most] for tokens in changed], np.int64).reshape(len(rows), most)
+    feeds: dict[str, npt.NDArray[np.generic]] = {"mask": np.packbits(mask, axis=1, bitorder="little"), "adjust_ids": ids}
+    for name, nothing in (("bias", 0.0), ("scale", 1.0), ("penalty", 0.0)):
+        values = [[dict(getattr(row, name)).get(int(token), nothing) for token in ids[i]] for i, row in enumerate(rows)]
+        feeds[f"adjust_{name}"] = np.array(values, np.float32).reshape(ids.shape)
+    return feeds
 
 
 def at(row: Settings, uniforms: Array) -> list[Settings]:
@@ -316,3 +353,84 @@ def test_given_equal_maxima_then_greedy_takes_the_first_as_argmax_does(vocab: in
     ties[3] = -np.inf
     ties[3, vocab - 2] = -1e30
     assert draw(ties, [GREEDY] * 4).tokens == ties.argmax(-1).tolist() == [0, 7, vocab - 1, vocab - 2]
+
+
+# Masks, adjustments and alternatives --------------------------------------------------------------------------------------
+
+
+def adapted(logits: npt.NDArray[np.float32], row: Settings) -> npt.NDArray[np.float32]:
+    """The logits [vocab] that `row` is drawn from, in the order of `runtime.messages.Sampling`."""
+    left = logits.copy()
+    bias, scale, penalty = dict(row.bias), dict(row.scale), dict(row.penalty)
+    for token in {*bias, *scale, *penalty}:
+        biased = left[token] + np.float32(bias.get(token, 0))
+        by = np.float32(scale.get(token, 1))
+        left[token] = (biased / by if biased > 0 else biased * by) - np.float32(penalty.get(token, 0))
+    if row.allowed is not None:
+        left[[token for token in range(len(left)) if token not in row.allowed]] = -np.inf
+    return left
+
+
+def random_adornment(vocab: int, random: np.random.Generator, row: Settings) -> Settings:
+    def some(most: int) -> list[int]:
+        chosen: list[int] = random.choice(vocab, random.integers(0, most), replace=False).tolist()
+        return chosen
+
+    return replace(
+        row,
+        allowed=None if random.random() < 0.3 else frozenset(some(vocab - 1) or [int(random.integers(vocab))]),
+        bias=tuple((token, float(random.normal() * 3)) for token in some(8)),
+        scale=tuple((token, float(random.uniform(0.5, 2))) for token in some(30)),
+        penalty=tuple((token, float(random.normal())) for token in some(30)),
+    )
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_given_masks_and_adjustments_when_drawn_then_it_is_as_if_the_logits_had_come_so(vocab: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    plain = [
+        GREEDY,
+        GREEDY,
+        Settings(uniform=random.random()),
+        Settings(0.8, 40, 0.9, 0.05, random.random()),
+        Settings(1.7, 0, 0.95, 0.0, random.random()),
+        Settings(1.0, forced=int(random.integers(vocab))),
+    ]
+    rows = [random_adornment(vocab, random, row) for row in plain]
+    rows[1] = plain[1]
+    logits = random_logits(vocab, seed, rows=len(rows))
+    left = np.stack([adapted(logits[number], row) for number, row in enumerate(rows)])
+    drawn = draw(logits, rows, alternatives=5)
+    assert drawn.tokens == draw(left, plain).tokens
+    own = log_softmax(logits)
+    assert np.abs(drawn.logprobs - np.take_along_axis(own, np.array(drawn.tokens)[:, None], 1)[:, 0]).max() < 1e-5
+    assert drawn.top_tokens.tolist() == np.argsort(-logits, axis=-1, kind="stable")[:, :5].tolist()
+    assert np.abs(drawn.top_logprobs - np.take_along_axis(own, drawn.top_tokens, 1)).max() < 1e-5
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("kind", ["random", "steep", "equal", "least allowed"])
+def test_given_any_mask_when_drawn_then_no_other_token_comes(vocab: int, kind: str) -> None:
+    random = np.random.default_rng(12)
+    logits = {"steep": random_logits(vocab, seed=11, spread=1e4), "equal": np.zeros(vocab, np.float32)}.get(
+        kind, random_logits(vocab, seed=10)
+    )
+    for size in (1, 1, 2, 7, vocab // 2, vocab - 1):
+        allowed = frozenset(random.choice(vocab, size, replace=False).tolist())
+        if kind == "least allowed":  # those that the model excludes itself
+            logits = random_logits(vocab, seed=13)
+            logits[list(allowed)] = -np.inf
+        rows = [
+            replace(row, temperature=temperature, allowed=allowed)
+            for row in at(Settings(), np.array([0, 2.0**-24, 0.5, 1 - 2.0**-23, LAST]))
+            for temperature in (0, 1e-30, 1e-5, 0.5, 1, 2, 100)
+        ]
+        rows += [replace(row, top_p=0.5) for row in rows] + [replace(row, top_k=2, min_p=0.9) for row in rows]
+        assert allowed.issuperset(draw(logits, rows).tokens)
+
+
+def test_given_more_adjustments_than_float32_holds_when_drawn_then_masks_hold_still() -> None:
+    row = replace(GREEDY, allowed=frozenset([3, 5]), bias=((3, -3e38), (4, 3e38)), scale=((3, 1e9), (4, 1e-9)))
+    assert draw(random_logits(SMALL, seed=1), [row, replace(row, temperature=1.0)]).tokens == [5, 5]

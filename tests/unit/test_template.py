@@ -5,7 +5,7 @@ import jinja2
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from runtime.template import ChatTemplate, TemplateError
+from runtime.template import ChatTemplate, Shape, TemplateError
 
 CHATML = """{% for message in messages %}
     {%- if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{% endif %}
@@ -133,3 +133,102 @@ def test_a_template_may_fill_what_it_may() -> None:
 def test_a_damaged_template_is_found_before_it_is_used() -> None:
     with pytest.raises(jinja2.TemplateSyntaxError):
         ChatTemplate("{% for %}", most=10)
+
+
+def expected_continuation(source: str, messages: list[dict[str, Any]]) -> str:
+    rendered: Any = render_jinja_template([messages], chat_template=source, continue_final_message=True)
+    (expected,), _ = rendered
+    return str(expected)
+
+
+TRIMMED = CHATML.replace("message['content']", "message['content'] | trim")
+MANY_PARTS = """{% for message in messages %}{{ message.role }}:{% for part in message.content %}
+{%- if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %};{% endfor %}{% if add_generation_prompt %}>>{% endif %}"""
+
+
+@pytest.mark.parametrize("source", [CHATML, TRIMMED])
+@pytest.mark.parametrize("content", ["Sure, it", "Sure, it ", " It\n\n", "x<|im_end|>", ""])
+def test_the_final_message_is_continued_as_in_transformers(source: str, content: str) -> None:
+    messages = [*CONVERSATION[:2], {"role": "assistant", "content": content}]
+    rendered = render(source, messages, continue_final_message=True)
+    assert rendered == expected_continuation(source, messages)
+    assert rendered.endswith(content if source == CHATML else content.strip() or "assistant")
+    assert messages[-1]["content"] == content
+
+
+def test_the_last_text_part_is_continued() -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}, {"type": "image"}]
+    messages = [{"role": "user", "content": parts[:1]}, {"role": "assistant", "content": parts}]
+    assert render(MANY_PARTS, messages, continue_final_message=True) == "user:one ;assistant:one two"
+    assert render(MANY_PARTS, messages, continue_final_message=True) == expected_continuation(MANY_PARTS, messages)
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "match"),
+    [
+        (CHATML, [], "no text"),
+        (CHATML, [{"role": "assistant", "content": None}], "no text"),
+        (MANY_PARTS, [{"role": "assistant", "content": [{"type": "image"}]}], "no text"),
+        ("{{ messages[0].role }}", [{"role": "assistant", "content": "x"}], "leaves out"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(source: str, messages: list[dict[str, Any]], match: str) -> None:
+    with pytest.raises(TemplateError, match=match):
+        render(source, messages, continue_final_message=True)
+
+
+def test_a_template_gets_options_and_documents() -> None:
+    source = "{{ enable_thinking }}{{ self_made | default('-') }}{{ documents[0].title }}"
+    options = {"enable_thinking": False, "self": 1}
+    assert render(source, documents=[{"title": "T"}], options=options) == "False-T"
+    assert render("{{ eos_token }}", options={"eos_token": "<end>"}) == "<end>"
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "documents", "add_generation_prompt"])
+def test_options_do_not_replace_the_conversation(name: str) -> None:
+    with pytest.raises(TemplateError, match=f"'{name}' cannot be set"):
+        render(CHATML, CONVERSATION[:2], options={name: []})
+
+
+def test_options_reach_pythons_internals_no_more_than_messages_do() -> None:
+    for source in ("{{ x.__class__.__mro__ }}", "{{ x.append(1) }}", "{{ x.__len__() }}"):
+        with pytest.raises(TemplateError):
+            render(source, options={"x": [1]})
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (CHATML, Shape(results=True)),
+        (TOOLS, Shape(tools="variable", calls=True, results=True)),
+        (MANY_PARTS, Shape(results=True, parts=True)),
+        (
+            "{% for m in messages %}{{ raise_exception('no') if m.role == 'system' else m.content }}{% endfor %}",
+            Shape(system=False, results=True),
+        ),
+        ("{% for m in messages if m.role != 'tool' %}{{ m['content'] }}{% endfor %}", Shape(results=True)),
+        ("{% for m in messages if m.role in ['system', 'user'] %}{{ m['content'] }}{% endfor %}", Shape()),
+        ("{{ messages[0]['tools'] }}", Shape(tools="system message", system=False)),
+        ("{% if tools is defined %}{% endif %}", Shape(tools="variable", system=False)),
+        ("{% set tools = 1 %}", Shape(system=False)),
+        # Contents as parts.
+        ("{% if m.content is string %}{% else %}{% for part in m.content %}{% endfor %}{% endif %}", Shape(system=False)),
+        ("{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{% endfor %}", Shape(system=False, parts=True)),
+        ("{% set inner = m.content %}{% for part in inner %}{% endfor %}", Shape(system=False, parts=True)),
+        ("{% set inner = m.content %}{% for part in inner %}{% endfor %}{{ inner is not string }}", Shape(system=False)),
+        ("{% for line in m.content.split() %}{% endfor %}", Shape(system=False)),
+        # A call's arguments.
+        ("{{ '{' + call.arguments + '}' }}", Shape(system=False, arguments="text")),
+        ("{{ call['function']['arguments'] }}", Shape(system=False, arguments="text")),
+        ("{{ call.name ~ call.arguments }}", Shape(system=False, arguments="text")),
+        (
+            "{% if call.arguments is string %}{{ call.arguments }}{% else %}{{ call.arguments | tojson }}{% endif %}",
+            Shape(system=False),
+        ),
+        ("{% for name, value in call.arguments | items %}{% endfor %}", Shape(system=False)),
+        ("{{ call.function | tojson }}", Shape(system=False)),
+        ("{{ call.arguments | tojson }}", Shape(system=False)),
+    ],
+)
+def test_what_a_template_takes_is_read_from_its_text(source: str, expected: Shape) -> None:
+    assert ChatTemplate(source, most=10_000, bos_token="<s>", eos_token="</s>").shape == expected

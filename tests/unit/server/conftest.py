@@ -1,14 +1,15 @@
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from runtime.bundle import TEMPLATE, TOKENIZER, Bundle, File, Source, Variant
+from runtime.bundle import FORMAT, TEMPLATE, TOKENIZER, Bundle, File, Source, Variant
 from runtime.text import Text
 from server.engine_client import EngineClient
 from tests.unit.server.house import House, service_for, serving
-from tests.unit.server.scripted import Attached, ScriptedWorker
+from tests.unit.server.scripted import READY, Attached, ScriptedWorker
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
 
@@ -18,7 +19,7 @@ def bundle() -> Bundle:
     engine = File("cpu-int4/model.onnx", "0123456789abcdef", 1)
     variant = Variant("cpu-int4", "cpu", "int4", "float32", engine.path, (engine,), (), "test")
     texts = (File(TOKENIZER, "0123", 1), File(TEMPLATE, "4567", 1))
-    return Bundle(1, "tiny", Source("folder", "tiny"), "llama", 256, 64, (255,), None, texts, (variant,), 1_700_000_000)
+    return Bundle(FORMAT, "tiny", Source("folder", "tiny"), "llama", 256, 64, (255,), None, texts, (variant,), 1_700_000_000)
 
 
 @pytest.fixture
@@ -35,7 +36,8 @@ def text(tmp_path: Path, bundle: Bundle) -> Text:
 
 @pytest.fixture
 async def house(tmp_path: Path, bundle: Bundle, text: Text) -> AsyncIterator[House]:
-    async with ScriptedWorker(f"ipc://{tmp_path}/worker", text) as worker:
+    ready = msgspec.structs.replace(READY, context=bundle.max_length)
+    async with ScriptedWorker(f"ipc://{tmp_path}/worker", text, ready) as worker:
         client = EngineClient(worker.address)
         await client.attach()
         engine = Attached(client)

@@ -74,6 +74,7 @@ async def test_models_are_listed_and_described(house: House) -> None:
         "reason": None,
         "object": "model",
         "owned_by": "engineshed",
+        "task": "text-generation",
     }
     async with house.http.get("/v1/models") as response:
         assert await response.json() == {"object": "list", "data": [expected]}

@@ -1,0 +1,238 @@
+"""Anthropic's messages: `POST /v1/messages` and `POST /v1/messages/count_tokens`."""
+
+import secrets
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from runtime.messages import Sampling
+from server.api.bodies import as_written, read
+from server.api.error_shapes import MessagesError
+from server.api.events import SSE, encode, json
+from server.api.messages_answers import (
+    BlockDelta,
+    BlockStart,
+    BlockStop,
+    Ending,
+    MessageDelta,
+    MessagesAnswer,
+    MessagesEvent,
+    MessageStart,
+    MessageStop,
+    MessagesUsage,
+    MoreInput,
+    MoreText,
+    Ping,
+    SaidText,
+    TokenCount,
+    ToolUse,
+)
+from server.api.messages_bodies import (
+    AnyChoice,
+    AutoChoice,
+    Conversation,
+    MessagesBody,
+    MessagesTurn,
+    NoChoice,
+    TextBlock,
+    ToolChoice,
+    ToolResultBlock,
+    ToolUseBlock,
+)
+from server.api.streaming import send
+from server.asked import Asked
+from server.choices import Choices
+from server.conversation import Chat, Named, converse, tokenize
+from server.errors import ApiError
+from server.generation import Piece
+from server.journal import ENTRY
+from server.served import Served
+from server.service import SERVICE
+from server.tools import Arguments, CallStarted, Tool
+
+
+async def messages(request: web.Request) -> web.StreamResponse:
+    """Answer, whole or as server-sent events."""
+    body = await read(request, MessagesBody)
+    async with converse(request, body.model, chat(body, body.asked())) as (served, choices):
+        if body.stream:
+            return await send(request, choices, MessageStream(request, served, choices))
+        message = _Message()
+        async for piece in choices:
+            message.add(piece)
+        return json(
+            MessagesAnswer(
+                id=_id(),
+                model=served.name,
+                content=message.content,
+                stop_reason=message.ending.stop_reason,
+                stop_sequence=message.ending.stop_sequence,
+                usage=MessagesUsage.of(choices.usage),
+            )
+        )
+
+
+async def count_tokens(request: web.Request) -> web.Response:
+    """Count the tokens of a conversation."""
+    body = await read(request, Conversation)
+    async with request.app[SERVICE].lease(request, body.model) as (served, _):
+        request[ENTRY].model = served.name
+        tokens = await tokenize(served, chat(body, Asked(sampling=Sampling())))
+        return json(TokenCount(len(tokens)))
+
+
+def chat(body: Conversation, asked: Asked) -> Chat:
+    """The conversation, to be answered as `asked`."""
+    system = body.system if isinstance(body.system, str) else "\n".join(block.text for block in body.system or ())
+    turns = [turn for message in body.messages for turn in _turns(message)]
+    choice: Any = "auto"
+    match body.tool_choice:
+        case NoChoice():
+            choice = "none"
+        case AnyChoice():
+            choice = "required"
+        case ToolChoice(name):
+            choice = Named(name)
+    lone = isinstance(body.tool_choice, AutoChoice | AnyChoice | ToolChoice) and body.tool_choice.disable_parallel_tool_use
+    return Chat(
+        messages=[*([{"role": "system", "content": system}] if system else []), *turns],
+        asked=asked,
+        tools=tuple(Tool(tool.name, tool.description, tool.input_schema, tool.strict) for tool in body.tools or ()),
+        choice=choice,
+        parallel=not lone,
+        continue_final_message=body.messages[-1].role == "assistant",
+    )
+
+
+def _turns(message: MessagesTurn) -> list[dict[str, Any]]:
+    """A message as those of a chat: every result is one of its own, and so is the text between two."""
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
+    texts: list[dict[str, str]] = []
+    calls: list[dict[str, Any]] = []
+    turns: list[dict[str, Any]] = []
+    for block in message.content:
+        match block:
+            case TextBlock(text):
+                texts.append({"type": "text", "text": text})
+            case ToolUseBlock(id, name, given):
+                function = {"name": name, "arguments": as_written(given, of="messages")}
+                calls.append({"id": id, "type": "function", "function": function})
+            case ToolResultBlock(id, content):
+                if texts:
+                    turns.append({"role": message.role, "content": texts})
+                    texts = []
+                told = content if isinstance(content, str) else "\n".join(part.text for part in content or ())
+                turns.append({"role": "tool", "tool_call_id": id, "content": told})
+    if texts or calls or not turns:
+        turns.append({"role": message.role, "content": texts or "", **({"tool_calls": calls} if calls else {})})
+    return turns
+
+
+class _Message:
+    """A message as it is made: its blocks, and the events that tell of them."""
+
+    def __init__(self) -> None:
+        self.ending = Ending("end_turn", None)
+        self._blocks: list[tuple[SaidText | ToolUse, list[str]]] = []
+        """Each as it began, and what was added to it."""
+        self._open = False
+
+    @property
+    def content(self) -> list[SaidText | ToolUse]:
+        """The blocks, without a call whose input is not a whole JSON object, as where the message is cut in it."""
+        blocks: list[SaidText | ToolUse] = []
+        for block, parts in self._blocks:
+            text = "".join(parts)
+            match block:
+                case SaidText():
+                    blocks.append(SaidText(text))
+                case ToolUse(id, name) if (given := _object(text)) is not None:
+                    blocks.append(ToolUse(id, name, given))
+        return blocks
+
+    def add(self, piece: Piece) -> list[MessagesEvent]:
+        """Take the answer's next piece; gives what it changes."""
+        events: list[MessagesEvent] = []
+        if piece.text:
+            if not (self._open and isinstance(self._blocks[-1][0], SaidText)):
+                self._begin(SaidText(""), events)
+            self._more(piece.text, MoreText(piece.text), events)
+        for part in piece.calls:
+            match part:
+                case CallStarted(_, name):
+                    self._begin(ToolUse(f"toolu_{secrets.token_hex(12)}", name, {}), events)
+                case Arguments(_, text):
+                    self._more(text, MoreInput(text), events)
+        if piece.finish is not None:
+            self._close(events)
+            self.ending = self._ending(piece)
+        return events
+
+    def _ending(self, piece: Piece) -> Ending:
+        if piece.finish == "length":
+            return Ending("max_tokens", None)
+        if any(isinstance(block, ToolUse) for block in self.content):
+            return Ending("tool_use", None)
+        return Ending("end_turn" if piece.stop is None else "stop_sequence", piece.stop)
+
+    def _begin(self, block: SaidText | ToolUse, events: list[MessagesEvent]) -> None:
+        self._close(events)
+        self._open = True
+        self._blocks.append((block, []))
+        events.append(BlockStart(len(self._blocks) - 1, block))
+
+    def _more(self, text: str, delta: MoreText | MoreInput, events: list[MessagesEvent]) -> None:
+        self._blocks[-1][1].append(text)
+        events.append(BlockDelta(len(self._blocks) - 1, delta))
+
+    def _close(self, events: list[MessagesEvent]) -> None:
+        if self._open:
+            events.append(BlockStop(len(self._blocks) - 1))
+        self._open = False
+
+
+class MessageStream:
+    """A message as server-sent events."""
+
+    content_type = SSE
+
+    def __init__(self, request: web.Request, served: Served, choices: Choices) -> None:
+        self._request = request
+        self._model = served.name
+        self._choices = choices
+        self._message = _Message()
+
+    def begin(self) -> bytes:
+        """The message without content."""
+        usage = msgspec.structs.replace(MessagesUsage.of(self._choices.usage), output_tokens=0)
+        return _encode([MessageStart(MessagesAnswer(id=_id(), model=self._model, usage=usage)), Ping()])
+
+    def piece(self, piece: Piece) -> bytes:
+        """What the piece adds."""
+        return _encode(self._message.add(piece))
+
+    def end(self, choices: Choices) -> bytes:
+        """How the message ended, and its tokens."""
+        return _encode([MessageDelta(self._message.ending, MessagesUsage.of(choices.usage)), MessageStop()])
+
+    def error(self, error: ApiError) -> bytes:
+        """An `error` event."""
+        return b"event: error\ndata: " + encode(MessagesError.of(error, self._request)) + b"\n\n"
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """`text` as a JSON object, if it is one."""
+    try:
+        return msgspec.json.decode(text or "{}", type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def _encode(events: list[MessagesEvent]) -> bytes:
+    return b"".join(b"event: %b\ndata: %b\n\n" % (str(event.__struct_config__.tag).encode(), encode(event)) for event in events)
+
+
+def _id() -> str:
+    return f"msg_{secrets.token_hex(12)}"

@@ -1,0 +1,104 @@
+"""A chat, whichever API asks for it: its turns laid out by the model's template, its tools, the form of its answer."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+import msgspec
+from aiohttp import web
+
+from server import constraints
+from server.asked import Asked
+from server.choices import Choices
+from server.errors import bad_request
+from server.served import Served
+from server.service import SERVICE
+from server.tools import ConversationError, Format, Tool, prepare
+
+
+class Named(msgspec.Struct, frozen=True):
+    """The tool that must be called."""
+
+    name: str
+
+
+class Fields(msgspec.Struct, frozen=True):
+    """What an API calls the parts of a chat, for the errors' sake."""
+
+    messages: str = "messages"
+    tools: str = "tools"
+
+
+class Chat(msgspec.Struct, frozen=True, kw_only=True):
+    """A chat in the terms of OpenAI's chat completions, which those of the other APIs translate to."""
+
+    messages: list[dict[str, Any]]
+    """OpenAI's messages; their content is a text or a list of text parts."""
+    asked: Asked
+    """Its constraint is the form of the answer."""
+    tools: tuple[Tool, ...] = ()
+    choice: Literal["none", "auto", "required"] | Named = "auto"
+    parallel: bool = True
+    """Whether one answer may call several tools."""
+    continue_final_message: bool = False
+    add_generation_prompt: bool = True
+    template_options: dict[str, Any] = {}
+    """Further variables of the template."""
+    prediction: str = ""
+    fields: Fields = Fields()
+
+    @property
+    def callable(self) -> tuple[Tool, ...]:
+        """The tools that the answer may call."""
+        return () if self.choice == "none" else self.tools
+
+
+@asynccontextmanager
+async def converse(request: web.Request, model: str | None, chat: Chat) -> AsyncIterator[tuple[Served, Choices]]:
+    """The model that answers, and its answers; leaving the context ends them. Raises ApiError."""
+    service = request.app[SERVICE]
+    async with service.lease(request, model) as (served, limits):
+        prompt = await tokenize(served, chat)
+        asked, calling = chat.asked, None
+        if chat.callable:
+            asked = _calling(chat, served.tools)
+            calling = [tool.name for tool in chat.callable]
+        expected = chat.prediction
+        prediction = await served.tokenize(expected, of="prediction", special=False) if expected else []
+        async with served.answers(
+            request, [prompt], asked, of=chat.fields.messages, limits=limits, prediction=prediction, calling=calling
+        ) as choices:
+            yield served, choices
+
+
+async def tokenize(served: Served, chat: Chat) -> list[int]:
+    """The tokens of the chat's prompt. Raises ApiError."""
+    if chat.continue_final_message and (not chat.messages or chat.messages[-1].get("tool_calls")):
+        raise bad_request("The last message calls tools; there is nothing in it to continue.", chat.fields.messages)
+    try:
+        messages, described = prepare(chat.messages, chat.callable, served.tools, served.text.shape)
+    except ConversationError as error:
+        raise bad_request(f"{error}.", chat.fields.messages) from None
+    return await served.tokenize_chat(
+        messages,
+        of=chat.fields.messages,
+        tools=described,
+        add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
+        continue_final_message=chat.continue_final_message,
+        options=chat.template_options,
+    )
+
+
+def _calling(chat: Chat, format: Format) -> Asked:
+    """How an answer is made that may call tools: calls that must come, or must be valid, are constrained to their schemas."""
+    of, tools = chat.fields.tools, chat.callable
+    match chat.choice:
+        case Named(name):
+            grammar = format.grammar(tools, name=name)
+        case "required":
+            grammar = format.grammar(tools, parallel=chat.parallel)
+        case _ if any(tool.strict for tool in tools) and chat.asked.constraint is None:
+            grammar = format.grammar(tools, required=False, parallel=chat.parallel)
+        case _:
+            return chat.asked
+    return msgspec.structs.replace(chat.asked, constraint=constraints.lark(grammar, of=of), form=of)

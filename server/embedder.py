@@ -1,0 +1,112 @@
+"""A model for embeddings as requests use it: texts become tokens, and its engines make vectors of them."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from aiohttp import web
+
+from runtime.messages import Embed, Embedded
+from runtime.text import TextError
+from server.access import CLIENT
+from server.attempts import LOOK_SECONDS, MOST, PATIENCE_SECONDS
+from server.doors import Limits
+from server.engine_client import EngineClient, EngineUnavailableError
+from server.errors import bad_request
+from server.generation import ENDINGS, told
+from server.journal import ENTRY
+from server.replicas import least_busy
+from server.served import LONG_TEXT, Served
+
+Floats = npt.NDArray[np.float32]
+
+log = logging.getLogger(__name__)
+
+
+class EmbeddingUsage(msgspec.Struct, frozen=True):
+    """Tokens of one request."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+    @property
+    def completion_tokens(self) -> int:
+        """None: nothing is generated."""
+        return 0
+
+
+class Counted(msgspec.Struct, frozen=True):
+    """What the log's line says of a request."""
+
+    usage: EmbeddingUsage
+
+
+class Embedder(Served):
+    """One build of a model for embeddings behind one engine, which may run on several devices."""
+
+    async def tokenize_all(self, texts: Sequence[str], most: int | None) -> list[list[int]]:
+        """The tokens of each of `texts`, cut to `most` where that is given. Raises ApiError 400 that names the text."""
+        if sum(map(len, texts)) > LONG_TEXT:
+            return await asyncio.to_thread(self._tokenize_all, texts, most)
+        return self._tokenize_all(texts, most)
+
+    def _tokenize_all(self, texts: Sequence[str], most: int | None) -> list[list[int]]:
+        tokens = []
+        for number, text in enumerate(texts):
+            try:
+                tokens.append(self.text.encode(text) if most is None else self.text.encode_within(text, most))
+            except TextError as error:
+                raise bad_request(f"Of input[{number}]: {error}.", f"input[{number}]") from None
+        return tokens
+
+    async def embed(self, request: web.Request, inputs: list[list[int]], limits: Limits) -> Floats:
+        """The embeddings [inputs, dimensions] of `inputs`, none of them empty or longer than the model takes.
+
+        An engine that stops before it answers is asked for once more, or the one that takes its place. Raises ApiError.
+        """
+        tokens = sum(map(len, inputs))
+        request[ENTRY].model = self.name
+        request[ENTRY].answer = Counted(EmbeddingUsage(tokens, tokens))
+        wanted = Embed(
+            id="",
+            inputs=inputs,
+            client=request[CLIENT].name,
+            priority=request[CLIENT].priority,
+            queue_seconds=limits.queue_seconds,
+            total_seconds=limits.total_seconds,
+        )
+        try:
+            embedded, device = await self._ask(wanted)
+        except ENDINGS as error:
+            raise told(error) from None
+        self._metrics.of(self.name, device).prompt_tokens.inc(tokens)
+        return np.frombuffer(embedded.vectors, "<f4").reshape(-1, embedded.dimensions)
+
+    async def _ask(self, wanted: Embed) -> tuple[Embedded, str]:
+        """The engine's answer, and the device that it is from."""
+        for attempt in range(1, MOST + 1):
+            client = await self._engine()
+            device = next((replica.device for replica in self._replicas if replica.client is client), self._replicas[0].device)
+            try:
+                return await client.embed(wanted), device
+            except EngineUnavailableError:
+                if attempt == MOST:
+                    raise
+                log.info("a request whose engine stopped before it answered is asked for again")
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _engine(self) -> EngineClient:
+        """The connection with the least to do; waits for one where there is none now. Raises EngineUnavailableError."""
+        deadline = asyncio.get_running_loop().time() + PATIENCE_SECONDS
+        while (connection := least_busy(self._replicas)) is None:
+            if self.over:
+                raise EngineUnavailableError("The engine stopped, and will not be started again. Try again later.")
+            if asyncio.get_running_loop().time() > deadline:
+                raise EngineUnavailableError(
+                    f"The engine stopped, and no other was ready within {PATIENCE_SECONDS:.0f} seconds. Try again later."
+                )
+            await asyncio.sleep(LOOK_SECONDS)
+        return connection[0]
