@@ -60,7 +60,8 @@ function show(description, models) {
   const filled = groups.filter((group) => group.operations.length);
 
   byId("lead").replaceChildren(
-    ...["Bodies are JSON. Errors have OpenAI's shape, and ", element("code", {}, "param"), " names the field at fault. "],
+    ...["Bodies are JSON. An error has the shape of the API that was asked; OpenAI's ", element("code", {}, "param")],
+    " names the field at fault. ",
     ...["Where the server runs with keys, send ", element("code", {}, "Authorization: Bearer KEY"), ". For programs: "],
     ...[element("a", { href: "/openapi.json" }, "/openapi.json"), ` (OpenAPI ${description.openapi}).`],
   );
@@ -75,9 +76,14 @@ function show(description, models) {
 
 function contents({ name, operations }) {
   const links = operations.map(({ operationId, method, path }) =>
-    element("li", {}, element("a", { href: `#op-${operationId}` }, verb(method), element("span", {}, path))),
+    element("li", {}, element("a", { href: `#op-${operationId}` }, verb(method), element("span", {}, ...breakable(path)))),
   );
   return element("div", {}, element("h2", {}, name), element("ul", {}, ...links));
+}
+
+/** A path that may be broken where a part of it begins. */
+function breakable(path) {
+  return path.split(/(?=[/:])/).flatMap((part) => [element("wbr"), part]);
 }
 
 function section(schemas, operation, models) {

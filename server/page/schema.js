@@ -137,7 +137,7 @@ function limits(schema) {
   const found = [];
   const { minimum, maximum, exclusiveMinimum, exclusiveMaximum, minLength, maxLength, minItems, maxItems } = schema;
   const range = (low, high, unit) => {
-    const [plain, huge] = [(value) => value.toLocaleString("en"), (value) => Math.abs(value) > 2 ** 53];
+    const [plain, huge] = [(value) => value.toLocaleString("en"), (value) => Math.abs(value) >= 2 ** 31 - 1];
     if (low !== undefined && high !== undefined && !huge(low) && !huge(high)) found.push(`${plain(low)} to ${plain(high)}${unit}`);
     else if (low !== undefined && !huge(low)) found.push(`at least ${plain(low)}${unit}`);
     else if (high !== undefined && !huge(high)) found.push(`at most ${plain(high)}${unit}`);
