@@ -19,7 +19,7 @@ PEERS := bench/.peers
 PEER_TARGETS := $(PEERS)/genai/.installed $(PEERS)/openvino/.installed $(PEERS)/transformers/.installed \
 	$(PEERS)/llama/.installed $(PEERS)/llama-server/llama-server
 
-.PHONY: help serve export test check unit e2e soak sweep bench bench-peers bench-served microbench test-gpu bench-gpu clean
+.PHONY: help serve export test check unit e2e soak page sweep bench bench-peers bench-served microbench test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -27,6 +27,7 @@ help:  ## show this
 	@echo "make export  [MODEL=hub-id|folder|file.gguf] [RECIPE=engines/x.toml] [TARGET=cpu] [PRECISION='int4 fp32']"
 	@echo "make test    set up, lint, types, and every test on the real model"
 	@echo "make check   lint and types          make unit   with tiny models         make e2e   the real model and server"
+	@echo "make page    the page at / in a real Chromium, over the real model and server"
 	@echo "make soak    [SOAK=1800] seconds of requests, hang-ups, errors and deaths over the default model: memory stays flat, nothing hangs"
 	@echo "make bench   latency and throughput of the default model's engines, beside the peers that are installed"
 	@echo "make bench-served  the server over HTTP, beside llama.cpp's"
@@ -50,7 +51,7 @@ serve: $(INSTALLED)  ## the default model, over HTTP
 export: $(INSTALLED)
 	$(BIN)/engineshed export $(EXPORT_FLAGS) $(MODEL)
 
-test: check unit e2e
+test: check unit e2e page
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -67,6 +68,14 @@ soak: $(INSTALLED)
 e2e: $(INSTALLED)
 	$(BIN)/engineshed export --if-missing --recipe tests/data/e2e.toml
 	$(BIN)/pytest tests/e2e
+
+# Debian's Chromium, or the one that CHROMIUM names; root gets it installed.
+page: $(INSTALLED)
+	@command -v $${CHROMIUM:-chromium} >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
+		|| { echo "make page needs Chromium: install it (Debian: apt-get install chromium), or set CHROMIUM= to its path" >&2; exit 1; }
+	$(BIN)/engineshed export --if-missing --recipe tests/data/e2e.toml
+	$(BIN)/pytest tests/page
 
 sweep: $(INSTALLED)
 	$(BIN)/python -m tests.sweep

@@ -2,7 +2,7 @@
 
 There is no slot to hold and nothing to decode: a request is done once each of its texts has been in a batch. Requests take
 turns, clients before requests: each batch is led by the one that has waited longest for its turn, which puts in its longest
-texts, and is filled up with texts of about that length of whoever has some. A batch is short, so that a request of a few texts
+texts, and is filled up with texts of about that length from all others. A batch is short, so that a request of a few texts
 waits for as many batches as there are others, not for their thousands of texts.
 """
 
@@ -18,7 +18,7 @@ from runtime.engine import DeviceLost, Float32
 from runtime.footprint import TEXT_TOKENS, VECTOR_BYTES
 from runtime.loop import Counters, News
 from runtime.messages import MOST_INPUTS, PRIORITIES, Embed, Embedded, Finish, Refused, Row
-from runtime.texts import Batch, Texts
+from runtime.texts import Batch, Texts, padding
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,8 @@ class EmbeddingLoop:
         first, *others = sorted(self._by_key.values(), key=self._order)
         self._turn += 1
         first.turn = self._turns[first.request.client] = self._turn
-        longest = first.longest
+        least = first.longest()
+        longest = max(texts.longest(least + padding(least)) for texts in (first, *others))
         room = max(1, self.budget // longest)
         parts = []
         for texts in (first, *others):

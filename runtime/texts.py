@@ -5,6 +5,7 @@ and a batch ends where a shorter text would be more padding than it is worth.
 """
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,11 +50,6 @@ class Texts:
         return self.owner, self.request.id
 
     @property
-    def longest(self) -> int:
-        """Tokens of its longest text that is not computed yet; there must be one."""
-        return len(self.request.inputs[self.left[-1]])
-
-    @property
     def deadline(self) -> float:
         """When its time is up, by the loop's clock: of waiting until it starts, then of everything; inf where unlimited."""
         end = self.arrived + (self.request.total_seconds or math.inf)
@@ -70,10 +66,16 @@ class Texts:
             f"everything is {request.total_seconds:g} s (total_seconds)"
         )
 
+    def longest(self, most: int | None = None) -> int:
+        """Tokens of the longest text that is left and has at most `most`; 0 where there is none."""
+        count = len(self.left) if most is None else self._up_to(most)
+        return len(self.request.inputs[self.left[count - 1]]) if count else 0
+
     def take(self, longest: int, rows: int) -> list[int]:
-        """Up to `rows` of the texts that are left, for a batch of rows of `longest` tokens; none that is mostly padding."""
-        least = longest - max(_PADDING, int(longest * _PADDING_SHARE))
-        at = end = _upto(self, longest)
+        """Up to `rows` of the texts that are left, for a batch of rows of `longest` tokens: the longest that fit, and none for
+        which the padding would not pay."""
+        least = longest - padding(longest)
+        at = end = self._up_to(longest)
         while at > 0 and end - at < rows and len(self.request.inputs[self.left[at - 1]]) >= least:
             at -= 1
         taken = self.left[at:end]
@@ -81,17 +83,14 @@ class Texts:
         self.tokens -= sum(len(self.request.inputs[index]) for index in taken)
         return taken
 
+    def _up_to(self, most: int) -> int:
+        """How many of the texts that are left have at most `most` tokens."""
+        return bisect_right(self.left, most, key=lambda index: len(self.request.inputs[index]))
 
-def _upto(texts: Texts, longest: int) -> int:
-    """How many of the texts that are left have at most `longest` tokens."""
-    low, high = 0, len(texts.left)
-    while low < high:
-        middle = (low + high) // 2
-        if len(texts.request.inputs[texts.left[middle]]) <= longest:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+
+def padding(longest: int) -> int:
+    """Tokens by which a text may be shorter than its batch's longest."""
+    return max(_PADDING, int(longest * _PADDING_SHARE))
 
 
 @dataclass(frozen=True)

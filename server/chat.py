@@ -136,7 +136,8 @@ async def _first_model(url: URL) -> str:
                 raise ChatError(f"{url} needs an API key; put it into the variable {client_key.VARIABLE}")
             if response.status != 200:
                 raise ChatError(f"{url} answered with status {response.status}; is it an engineshed server?")
-            return msgspec.json.decode(body, type=ModelList).data[0].id
+            models = msgspec.json.decode(body, type=ModelList).data
+            return next((model.id for model in models if model.task == "text-generation"), models[0].id)
     except msgspec.DecodeError:
         raise ChatError(f"{url} does not list its models; is it an engineshed server?") from None
     except aiohttp.ClientError:

@@ -1,5 +1,6 @@
 """The bodies that clients send, parsed once at the border into types that cannot be wrong."""
 
+import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -187,6 +188,14 @@ async def read(request: web.Request, type_: type[Body], normal: Callable[[Any], 
         if _HIGH_SURROGATE_ALONE.search(raw) or "surrogate" in str(error):
             raise bad_request("The body has a lone surrogate (\\ud800 to \\udfff), which is not a character.") from None
         raise bad_request(f"The body is not valid JSON: {error}.") from None
+
+
+def as_written(value: dict[str, Any], *, of: str) -> str:
+    """`value` as JSON with the spaces that models write, for the prompt. Raises ApiError 400 where it is nested too deeply."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise bad_request(f"The value of {of!r} is nested too deeply.", of) from None
 
 
 def _schema(schema: str | dict[str, Any] | bool, *, of: str) -> Constraint:

@@ -128,7 +128,7 @@ async def _tokens(served: Embedder, texts: list[str] | list[list[int]], truncate
     most = longest if truncate == -1 else truncate
     if most is not None and most <= served.text.special_tokens and isinstance(texts[0], str):
         raise bad_request(
-            f"The value of 'truncate_prompt_tokens' has no room: {served.text.special_tokens} tokens stand around each text.",
+            f"The value of 'truncate_prompt_tokens' leaves no room: {served.text.special_tokens} tokens stand around a text.",
             "truncate_prompt_tokens",
         )
     words = [text for text in texts if isinstance(text, str)]

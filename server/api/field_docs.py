@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -61,7 +62,7 @@ def _texts(module: str) -> dict[str, dict[str, str]]:
 
 
 def _below(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
-    for field, text in zip(body, body[1:], strict=False):
+    for field, text in itertools.pairwise(body):
         match field, text:
             case (
                 ast.AnnAssign(target=ast.Name(id=name)),

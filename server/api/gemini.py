@@ -9,7 +9,7 @@ from aiohttp import web
 
 from runtime.messages import Sampling
 from server import fleet
-from server.api.bodies import read
+from server.api.bodies import as_written, read
 from server.api.error_shapes import GeminiError
 from server.api.events import SSE, encode, json
 from server.api.gemini_answers import (
@@ -149,14 +149,14 @@ def _turns(contents: list[GeminiContent]) -> list[dict[str, Any]]:
                 id = call.id or f"call_{made}"
                 made += 1
                 unanswered[call.name].append(id)
-                function = {"name": call.name, "arguments": encode(call.args or {}).decode()}
+                function = {"name": call.name, "arguments": as_written(call.args or {}, of="contents")}
                 calls.append({"id": id, "type": "function", "function": function})
             elif (result := part.function_response) is not None:
                 ids = unanswered[result.name]
                 id = result.id or (ids[0] if ids else f"call_{result.name}")
                 if id in ids:
                     ids.remove(id)
-                told = encode(result.response).decode()
+                told = as_written(result.response, of="contents")
                 turns.append({"role": "tool", "tool_call_id": id, "name": result.name, "content": told})
         if texts or calls:
             words = ("" if role == "assistant" else "\n").join(texts)

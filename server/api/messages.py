@@ -7,7 +7,7 @@ import msgspec
 from aiohttp import web
 
 from runtime.messages import Sampling
-from server.api.bodies import read
+from server.api.bodies import as_written, read
 from server.api.error_shapes import MessagesError
 from server.api.events import SSE, encode, json
 from server.api.messages_answers import (
@@ -117,7 +117,7 @@ def _turns(message: MessagesTurn) -> list[dict[str, Any]]:
             case TextBlock(text):
                 texts.append({"type": "text", "text": text})
             case ToolUseBlock(id, name, given):
-                function = {"name": name, "arguments": encode(given).decode()}
+                function = {"name": name, "arguments": as_written(given, of="messages")}
                 calls.append({"id": id, "type": "function", "function": function})
             case ToolResultBlock(id, content):
                 if texts:

@@ -1,1 +1,1 @@
-"""The page at `/` and the documentation at `/docs`: plain ES modules that the browser runs as they are, and what serves them."""
+"""The page at `/` and the documentation at `/docs`: plain ES modules that browsers run as they are, and what serves them."""

@@ -68,7 +68,7 @@ function show(description, model) {
 
 function contents({ name, operations }) {
   const links = operations.map(({ operationId, method, path }) =>
-    element("li", {}, element("a", { href: `#${operationId}` }, verb(method), element("span", {}, path))),
+    element("li", {}, element("a", { href: `#op-${operationId}` }, verb(method), element("span", {}, path))),
   );
   return element("div", {}, element("h2", {}, name), element("ul", {}, ...links));
 }
@@ -77,12 +77,12 @@ function section(schemas, operation, model) {
   const { operationId, method, path, summary, parameters = [], requestBody, responses } = operation;
   const body = requestBody && Object.values(requestBody.content)[0].schema;
   const command = curl(schemas, operation, body, model);
-  const title = `${operationId}-title`;
+  const title = `op-${operationId}-title`;
   const needsKey = operation.security ? null : element("span", { class: "open" }, "no key needed");
   return element(
     "section",
-    { class: "operation", id: operationId, "aria-labelledby": title },
-    element("h3", { id: title }, verb(method), element("a", { href: `#${operationId}` }, path)),
+    { class: "operation", id: `op-${operationId}`, "aria-labelledby": title },
+    element("h3", { id: title }, verb(method), element("a", { href: `#op-${operationId}` }, path)),
     element("p", { class: "lead" }, summary, " ", needsKey),
     element(
       "div",

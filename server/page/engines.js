@@ -204,14 +204,16 @@ function charts() {
   ];
 }
 
-/** Write a table: its cells are texts or elements. */
+/** Write a table: its cells are texts or elements. Their roles are spelt out, as a narrow page lays them out otherwise. */
 function fill(id, heads, rows, empty) {
   const table = byId(id);
   const cell = (content, place) =>
-    element(place ? "td" : "th", place ? { data: { label: heads[place] } } : { scope: "row", data: { label: heads[place] } }, content);
+    place
+      ? element("td", { role: "cell", data: { label: heads[place] } }, content)
+      : element("th", { role: "rowheader", scope: "row" }, content);
   const wanted = rows.length
-    ? rows.map((row) => element("tr", {}, ...row.map(cell)))
-    : [element("tr", {}, element("td", { class: "empty", colSpan: heads.length }, empty))];
+    ? rows.map((row) => element("tr", { role: "row" }, ...row.map(cell)))
+    : [element("tr", { role: "row" }, element("td", { role: "cell", class: "empty", colSpan: heads.length }, empty))];
   const head = element("tr", {}, ...heads.map((name) => (name ? element("th", { scope: "col" }, name) : element("td"))));
   if (table.tHead.rows[0]?.textContent !== head.textContent || table.tHead.rows[0].cells.length !== heads.length) {
     table.tHead.replaceChildren(head);

@@ -121,10 +121,10 @@ def test_contents_are_the_turns_of_a_chat_and_results_find_their_calls() -> None
         {
             "role": "assistant",
             "content": "I look.",
-            "tool_calls": [call("call_0", '{"city":"Bern"}'), call("mine", '{"city":"Rom"}')],
+            "tool_calls": [call("call_0", '{"city": "Bern"}'), call("mine", '{"city": "Rom"}')],
         },
-        result("mine", '{"output":"warm"}'),
-        result("call_0", '{"output":"cold"}'),
+        result("mine", '{"output": "warm"}'),
+        result("call_0", '{"output": "cold"}'),
         {"role": "user", "content": "And?\nWell?"},
     ]
     assert asked.fields.messages == "contents"

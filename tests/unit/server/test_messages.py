@@ -104,7 +104,7 @@ def test_calls_and_their_results_are_turns_of_a_chat() -> None:
         {
             "role": "assistant",
             "content": [{"type": "text", "text": "I look."}],
-            "tool_calls": [call("t1", '{"city":"Bern"}'), call("t2", "{}")],
+            "tool_calls": [call("t1", '{"city": "Bern"}'), call("t2", "{}")],
         },
         {"role": "tool", "tool_call_id": "t1", "content": "cold"},
         {"role": "tool", "tool_call_id": "t2", "content": "warm"},

@@ -1,0 +1,71 @@
+"""The engines tab moves with the engines."""
+
+import re
+
+from playwright.sync_api import Page, expect
+
+from tests.e2e.conftest import MODEL, Server
+from tests.e2e.test_server import RUNNING
+from tests.page.conftest import Visit, eventually
+from tests.page.test_chat import LONG
+
+
+def chart(page: Page, title: str) -> str:
+    """What a chart draws."""
+    drawn = page.locator("figure", has_text=title).locator("path.line-0").get_attribute("d")
+    return drawn or ""
+
+
+def figure(page: Page, title: str) -> float:
+    """The newest value of a chart's first line; -1 for none."""
+    found = re.match(r"[\d.,]+", page.locator("figure", has_text=title).locator("b").first.inner_text())
+    return float(found[0].replace(",", "")) if found else -1
+
+
+def test_the_charts_move_while_a_request_runs(visit: Visit, server: Server) -> None:
+    page = visit.page
+    visit.open()
+    visit.set(temperature=0, max_tokens=900)
+    turn = visit.send(LONG)
+    visit.wait(turn, "streaming")
+    page.get_by_role("tab", name="Engines").click()
+    engine = page.locator("#engines-table tbody tr")
+    expect(engine).to_contain_text(MODEL)
+    expect(engine).to_contain_text("1 of 2")
+    expect(engine.locator("i.full")).to_have_count(1)
+    for title in ("Tokens a second", "Requests", "KV tokens in use", "Between tokens"):
+        eventually(lambda title=title: figure(page, title) > 0)  # type: ignore[misc]
+    before = chart(page, "KV tokens in use")
+    page.wait_for_timeout(1500)
+    assert chart(page, "KV tokens in use") != before
+    assert figure(page, "KV tokens in use") <= server.metric("engineshed_kv_tokens") + 1000
+
+    page.get_by_role("tab", name="Chat").click()
+    page.get_by_role("button", name="Stop", exact=True).click()
+    server.wait(RUNNING, 0)
+    page.get_by_role("tab", name="Engines").click()
+    expect(engine).to_contain_text("0 of 2")
+    expect(page.locator("figure", has_text="Requests").locator("b").first).to_have_text("0")
+
+
+def test_it_tells_models_processes_and_memory(visit: Visit) -> None:
+    visit.open("/#engines")
+    page = visit.page
+    expect(page.get_by_role("tabpanel", name="Engines")).to_be_visible()
+    expect(page.get_by_role("table", name="Models")).to_contain_text("ready")
+    processes = page.get_by_role("table", name="Processes")
+    for name in ("supervisor", "http-0", f"{MODEL}@cpu"):
+        expect(processes).to_contain_text(name)
+    expect(processes).to_contain_text("MiB")
+    expect(page.get_by_role("table", name="Memory for engines")).to_contain_text("GiB")
+
+
+def test_it_says_when_the_server_is_gone_and_goes_on_when_it_is_back(visit: Visit) -> None:
+    visit.open("/#engines")
+    page = visit.page
+    expect(page.locator("#engines-table")).to_contain_text(MODEL)
+    page.context.set_offline(True)
+    expect(page.locator("#engines-fault")).to_contain_text("does not answer")
+    page.context.set_offline(False)
+    expect(page.locator("#engines-fault")).to_be_hidden()
+    visit.errors = [error for error in visit.errors if "ERR_INTERNET_DISCONNECTED" not in error]
