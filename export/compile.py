@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from export import batches, cuda, decoder, dequantize, fuse, graph, quantize, sampler
 from export.cache import Dialect
 from export.recipe import CONTEXT, Build
-from export.tensorrt import MODEL_PLAN, SAMPLER_PLAN, Builder, Flavour
+from export.tensorrt import ADORNED_PLAN, MODEL_PLAN, SAMPLER_PLAN, Builder, Flavour
 from runtime import bundle
 from runtime.bundle import Plan, Profile, Variant
 
@@ -88,8 +88,8 @@ class Compiler:
         traced = self._trace("onnxruntime", dtype)
         with self.stage(f"{build.name}: compile") as stage:
             report = cuda.finish(traced, self.vocab, int4=build.precision == "int4")
-            graph.write_whole(sampler.sampling_graph(self.vocab), folder / graph.SAMPLER)
-            variant = self._written(build, traced, dtype, workshop, folder, sampler=graph.SAMPLER)
+            self._write_samplers(folder)
+            variant = self._written(build, traced, dtype, workshop, folder, samplers=(graph.SAMPLER, graph.ADORNED))
             stage.note = _note(variant, report)
         return variant
 
@@ -104,14 +104,21 @@ class Compiler:
             if build.precision in dequantize.PRECISIONS:
                 report = dequantize.quantize_products(traced, build.precision, self.vocab)
             sampler.append_choice(traced, self.vocab)
-            graph.write_whole(sampler.sampling_graph(self.vocab), folder / graph.SAMPLER)
-            variant = self._written(build, traced, dtype, workshop, folder, sampler=graph.SAMPLER)
+            self._write_samplers(folder)
+            variant = self._written(build, traced, dtype, workshop, folder, samplers=(graph.SAMPLER, graph.ADORNED))
             stage.note = _note(variant, report)
         made = profiles(build, capacity)
         with self.stage(f"{build.name}: build") as stage:
-            sources = folder / graph.MODEL, folder / graph.SAMPLER
-            seen = builder.build_both(
-                *sources, folder, made, capabilities, capacity=capacity, strip=build.strip, share=stage.advance
+            samplers = folder / graph.SAMPLER, folder / graph.ADORNED
+            seen = builder.build_all(
+                folder / graph.MODEL,
+                samplers,
+                folder,
+                made,
+                capabilities,
+                capacity=capacity,
+                strip=build.strip,
+                share=stage.advance,
             )
             size = (folder / MODEL_PLAN).stat().st_size / 1e6
             stage.note = (
@@ -127,12 +134,14 @@ class Compiler:
             stripped=build.strip,
             source=variant.model,
             sampler_source=f"{build.name}/{graph.SAMPLER}",
+            adorned_source=f"{build.name}/{graph.ADORNED}",
         )
-        files = tuple(bundle.describe(workshop, f"{build.name}/{name}") for name in (MODEL_PLAN, SAMPLER_PLAN))
+        files = tuple(bundle.describe(workshop, f"{build.name}/{name}") for name in (MODEL_PLAN, SAMPLER_PLAN, ADORNED_PLAN))
         return msgspec.structs.replace(
             variant,
             model=files[0].path,
             sampler=files[1].path,
+            adorned=files[2].path,
             plan=plan,
             files=(*files, *variant.files),
             builder=f"{builder}, {variant.builder}",
@@ -151,13 +160,17 @@ class Compiler:
                 stage.note = f"{sum(1 for _ in traced.graph)} operators"
         return self._traced[key].clone()
 
+    def _write_samplers(self, folder: Path) -> None:
+        graph.write_whole(sampler.sampling_graph(self.vocab), folder / graph.SAMPLER)
+        graph.write_whole(sampler.sampling_graph(self.vocab, adorned=True), folder / graph.ADORNED)
+
     def _written(
-        self, build: Build, model: ir.Model, dtype: torch.dtype, workshop: Path, folder: Path, sampler: str | None = None
+        self, build: Build, model: ir.Model, dtype: torch.dtype, workshop: Path, folder: Path, samplers: tuple[str, ...] = ()
     ) -> Variant:
         graph.tidy(model)
         step_bytes = graph.step_bytes(model)
         graph.write(model, folder)
-        names = [graph.MODEL, graph.WEIGHTS, *([] if sampler is None else [sampler])]
+        names = [graph.MODEL, graph.WEIGHTS, *samplers]
         files = tuple(bundle.describe(workshop, f"{build.name}/{name}") for name in names)
         return Variant(
             name=build.name,
@@ -171,7 +184,8 @@ class Compiler:
             attention=_attention(self.seen),
             opset=graph.OPSET,
             step_bytes=step_bytes,
-            sampler=None if sampler is None else files[-1].path,
+            sampler=files[2].path if samplers else None,
+            adorned=files[3].path if samplers else None,
         )
 
 

@@ -13,6 +13,8 @@ from export.cache import LATER_DOMAIN
 WEIGHTS = "weights.bin"
 MODEL = "model.onnx"
 SAMPLER = "sampler.onnx"
+ADORNED = "adorned.onnx"
+"""The sampler that takes masks and adjustments, too."""
 OPSET = 24
 """Graphs are traced at opset 23, where RMSNormalization and RotaryEmbedding stay whole, and then declared 24, which adds
 TensorScatter and changes none of the operators that they hold."""

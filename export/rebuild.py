@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from export.errors import ExportError
-from export.tensorrt import MODEL_PLAN, SAMPLER_PLAN, Builder
+from export.tensorrt import ADORNED_PLAN, MODEL_PLAN, SAMPLER_PLAN, Builder
 from runtime import bundle
 from runtime.bundle import BundleError, File, Variant
 
@@ -26,7 +26,7 @@ def rebuild(folder: Path, variant: Variant, gpu: str, cache: Path) -> Variant:
     plan = variant.plan
     if plan is None:
         raise ExportError(f"variant {variant.name!r} is a graph, which any GPU runs; there is nothing to build")
-    sources = [file for file in variant.files if file.path not in (variant.model, variant.sampler)]
+    sources = [file for file in variant.files if file.path not in variant.computing]
     bundle.verify(folder, sources)
     builder = Builder(plan.builder, cache=cache)
     capabilities = builder.targets([gpu])
@@ -35,17 +35,17 @@ def rebuild(folder: Path, variant: Variant, gpu: str, cache: Path) -> Variant:
         making = cache / f".{place.name}.{os.getpid()}"
         making.mkdir(parents=True)
         try:
-            builder.build_both(
-                folder / plan.source, folder / plan.sampler_source, making, plan.profiles, capabilities, capacity=plan.capacity
-            )
+            samplers = folder / plan.sampler_source, folder / plan.adorned_source
+            builder.build_all(folder / plan.source, samplers, making, plan.profiles, capabilities, capacity=plan.capacity)
             _put(making, place)
         finally:
             shutil.rmtree(making, ignore_errors=True)
-    paths = [(place / name).resolve() for name in (MODEL_PLAN, SAMPLER_PLAN)]
+    paths = [(place / name).resolve() for name in (MODEL_PLAN, SAMPLER_PLAN, ADORNED_PLAN)]
     return msgspec.structs.replace(
         variant,
         model=str(paths[0]),
         sampler=str(paths[1]),
+        adorned=str(paths[2]),
         plan=msgspec.structs.replace(plan, version=builder.version, compute_capabilities=capabilities, stripped=False),
         files=tuple(File(str(path), bundle.sha256(path), path.stat().st_size) for path in paths),
     )

@@ -156,7 +156,7 @@ def Restrict(logits, mask, penalties, row_shape, vocab):  # type: ignore[no-unty
 @script(_domain, default_opset=op)
 def Likeliest(logits, every, count):  # type: ignore[no-untyped-def]
     """The `count` [1] most likely tokens, likeliest first, and their log-probabilities out of `every`: both [rows, count]."""
-    _, tokens = op.TopK(logits, count, axis=-1)
+    _largest, tokens = op.TopK(logits, count, axis=-1)  # both named: TensorRT takes no two tensors called "_"
     return tokens, op.GatherElements(every, tokens, axis=1)
 
 

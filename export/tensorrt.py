@@ -19,15 +19,18 @@ from typing import Any, Literal
 from export.errors import ExportError
 from runtime.bundle import Profile
 from runtime.devices import DeviceError, gpus
+from runtime.gpu_memory import ADJUSTMENTS, most_adjusted
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 Share = Callable[[float], None]
 """Is told how much of a build is done, from 0 to 1."""
 
 MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-MODEL_PLAN, SAMPLER_PLAN = "model.plan", "sampler.plan"
+MODEL_PLAN, SAMPLER_PLAN, ADORNED_PLAN = "model.plan", "sampler.plan", "adorned.plan"
 LONGEST_OPTIMUM = 1024
 """Keys in a slot that kernels are chosen for; any other number up to the slot's rows is served as well."""
+ADJUSTED_OPTIMUM = 64
+"""Adjusted logits of a row that kernels are chosen for; likewise."""
 _LEAST_ADVANCE = 0.01
 """Of a build, that is worth telling."""
 _LAST_WORDS = 5
@@ -145,10 +148,10 @@ class Builder:
         self._keep_timings(timings)
         return seen
 
-    def build_both(
+    def build_all(
         self,
         source: Path,
-        sampler: Path,
+        samplers: tuple[Path, Path],
         folder: Path,
         profiles: Sequence[Profile],
         capabilities: Sequence[str],
@@ -157,10 +160,14 @@ class Builder:
         strip: bool = False,
         share: Share = lambda share: None,
     ) -> Network:
-        """`build` the plans of a model and of the graph that draws from its logits into `folder`; gives the model's network."""
+        """`build` the plans of a model and of the graphs that draw from its logits into `folder`; gives the model's network.
+
+        `samplers` are the plain one and the one that takes masks and adjustments.
+        """
         seen = self.build(source, folder / MODEL_PLAN, profiles, capabilities, capacity=capacity, strip=strip, share=share)
         rows = max(profile.max_rows for profile in profiles)
-        self.build(sampler, folder / SAMPLER_PLAN, [Profile(1, 1, rows)], capabilities, capacity=capacity)
+        for sampler, name in zip(samplers, (SAMPLER_PLAN, ADORNED_PLAN), strict=True):
+            self.build(sampler, folder / name, [Profile(1, 1, rows)], capabilities, capacity=capacity)
         return seen
 
     def _here(self, otherwise: str) -> str:
@@ -235,6 +242,8 @@ def _profile(builder: Any, network: Any, profile: Profile, capacity: int) -> Any
         "position_ids": (profile.max_batch, profile.max_seq),
         "kv_range": (capacity,),
     }
+    adjusted = dict.fromkeys(ADJUSTMENTS, (profile.max_rows, most_adjusted(capacity)))
+    limits |= adjusted
     for tensor in map(network.get_input, range(network.num_inputs)):
         shape = tuple(tensor.shape)
         if -1 not in shape:
@@ -243,6 +252,8 @@ def _profile(builder: Any, network: Any, profile: Profile, capacity: int) -> Any
         most = limits.get(tensor.name, (first,)) + shape[len(limits.get(tensor.name, (first,))) :]
         least = tuple(1 if free == -1 else size for free, size in zip(shape, most, strict=True))
         likely = (min(capacity, LONGEST_OPTIMUM),) if tensor.name == "kv_range" else most
+        if tensor.name in adjusted:
+            likely = (profile.max_rows, ADJUSTED_OPTIMUM)
         made.set_shape(tensor.name, least, likely, most)
     return made
 

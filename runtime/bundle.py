@@ -113,6 +113,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Path of the ONNX file that `Variant.model` was built from."""
     sampler_source: str
     """Path of the ONNX file that `Variant.sampler` was built from."""
+    adorned_source: str
+    """Path of the ONNX file that `Variant.adorned` was built from."""
 
 
 class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,10 +138,17 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes of weights that a step of one token reads; 0 where it is not known."""
     sampler: str | None = None
     """Path of the graph or plan that draws tokens from logits; None where `model` itself does."""
+    adorned: str | None = None
+    """Path of the one that also takes masks and adjustments, and tells alternatives; None where `model` itself does."""
     plan: Plan | None = None
     """Where `model` is a TensorRT plan."""
     verification: Verification | None = None
     perplexity: Perplexity | None = None
+
+    @property
+    def computing(self) -> tuple[str, ...]:
+        """Paths of the graphs or plans that compute, without what they were built from."""
+        return tuple(path for path in (self.model, self.sampler, self.adorned) if path is not None)
 
     @property
     def size(self) -> int:
@@ -189,7 +198,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
         """The files that serving `variant` reads."""
         if variant.plan is None or variant.plan.stripped:
             return (*self.files, *variant.files)
-        return (*self.files, *(file for file in variant.files if file.path in (variant.model, variant.sampler)))
+        return (*self.files, *(file for file in variant.files if file.path in variant.computing))
 
     def longest(self, variant: Variant) -> int:
         """Tokens that a slot of `variant` can hold, prompt and answer together."""
@@ -266,7 +275,7 @@ def read(folder: Path) -> Bundle:
         _check_present(folder, file)
     for variant in bundle.variants:
         plan = variant.plan
-        needed = [variant.model, variant.sampler, *((plan.source, plan.sampler_source) if plan is not None else ())]
+        needed = [*variant.computing, *((plan.source, plan.sampler_source, plan.adorned_source) if plan is not None else ())]
         missing = set(filter(None, needed)) - {file.path for file in variant.files}
         if missing:
             raise BundleError(

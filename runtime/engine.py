@@ -112,6 +112,8 @@ class Engine(Protocol):
     """How long a step with one row takes, in a unit that is the same for all engines of a machine."""
     chunk: int
     """Prompt tokens that a step should take, at most."""
+    rows: int
+    """Logit rows that a step should have, at most."""
     runs_ahead: bool
     """The engine makes use of `ahead`."""
 

@@ -19,6 +19,8 @@ from runtime.bundle import Variant
 MIB = 2**20
 CHUNK = 128
 """Prompt tokens of a step: a larger one gains nothing on a CPU, and between two steps the loop takes what has arrived."""
+ROWS = 64
+"""Logit rows of a step that scores a prompt's tokens."""
 _PROCESS = 80 * MIB
 """Python, ONNX Runtime and what they load: 73 MiB with two layers of 64 wide and one slot of 256 tokens."""
 _PACKED = 1.1

@@ -5,15 +5,17 @@ come in few shapes, so their work is recorded once and launched as a whole from 
 """
 
 import logging
+import math
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
 
 from runtime.accelerator import Accelerator, Graph
-from runtime.engine import Batch, DeviceLost, Draw, EngineError, Float32, Int64
-from runtime.gpu_memory import SAMPLING, Array, Lane, Memory, Shape
+from runtime.engine import Adjustments, Batch, DeviceLost, Draw, EngineError, Float32, Int64
+from runtime.gpu_memory import SAMPLING, TOPS, Array, Lane, Memory, Shape, drawing
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +25,8 @@ ROW_COST = 0.01
 further row adds while memory is the bound is next to nothing."""
 BYTE_COST = 0.03
 """Not measured yet: what reading a byte takes, against a CPU (see runtime/ort.py)."""
+LEAST_ADJUSTED = 16
+"""Adjusted logits of a row up to which their number is not told apart: each number that is costs a recording."""
 LEAST_RANGE = 256
 """Length of `kv_range` up to which it is not told apart: each length that is costs a recording."""
 
@@ -45,8 +49,11 @@ class Backend(Protocol):
         """Put the model's step on the stream. `longest`: the most tokens that stand in a slot once it is done."""
         ...
 
-    def sample(self, rows: int, recorded: bool) -> None:
-        """Put the drawing of other tokens on the stream, from the logits that `run` left; `recorded` as in `Shape`."""
+    def sample(self, shape: Shape) -> None:
+        """Put the drawing of other tokens on the stream, from the logits that `run` left: a shape of `drawing`.
+
+        With `shape.adjusted` the mask and the adjustments count, and alternatives are told.
+        """
         ...
 
     def close(self) -> None:
@@ -73,10 +80,10 @@ class GpuEngine:
     def __init__(self, cuda: Accelerator, memory: Memory, backend: Backend, *, chunk: int, step_bytes: int) -> None:
         """Own `cuda`, whose memory `close` gives back. `step_bytes` of weights are read by a step of one token."""
         self.slots, self.context, self.vocab_size, self.chunk = memory.slots, memory.context, memory.vocab_size, chunk
-        self.step_cost = BYTE_COST * step_bytes
+        self.rows, self.step_cost = memory.rows, BYTE_COST * step_bytes
         self._cuda, self._memory, self._backend = cuda, memory, backend
-        self._graphs: dict[Shape | int, Graph | None] = {}
-        """Recorded steps by shape, recorded draws by rows; None where the work could not be recorded."""
+        self._graphs: dict[tuple[Shape, bool], Graph | None] = {}
+        """Recorded steps by shape, and whether they only draw; None where the work could not be recorded."""
         self._ahead: _Flight | None = None
         self._handed: Int64 = np.zeros(0, np.int64)
         """The tokens that the last step gave, which are the input of the one ahead."""
@@ -118,49 +125,56 @@ class GpuEngine:
     def _begin(self, batch: Batch, continuing: bool = False) -> _Flight:
         """Put a step on the stream; where it is `continuing`, its input is what the step before it gives."""
         self._check(batch)
-        if batch.draw.adorned:
-            raise EngineError("an engine on a GPU takes no masks, adjustments and alternatives yet; ask one on a CPU")
         shape = self._shape(batch)
         self._backend.check(shape)
-        sampled = bool(np.any(batch.draw.temperature > 0))
+        draw = batch.draw
+        adorned = draw.adorned and len(batch.logit_rows) > 0
+        drawn = adorned or bool(np.any(draw.temperature > 0))
         lane = self._memory.lane()
-        self._memory.fill(lane, _arrays(batch, sampled), shape)
+        self._memory.fill(lane, _arrays(batch, drawn), shape)
         self._memory.send(lane, continuing=len(batch.kv_lengths) if continuing else 0)
         self._run(shape, int(batch.kv_lengths.max()))
-        if sampled:
-            self._sample(shape)
-        self._memory.fetch(lane)
+        if adorned:
+            mask = draw.mask() if callable(draw.mask) else draw.mask  # found while the device computes
+            adjusted = self._adjusted(draw)
+            self._memory.adorn(lane, mask, draw.adjustments, drawing(shape, adjusted))
+            self._sample(drawing(shape, adjusted))
+        elif drawn:
+            self._sample(drawing(shape))
+        self._memory.fetch(lane, tops=draw.alternatives > 0)
         return _Flight(lane, len(batch.logit_rows), batch)
 
+    def _adjusted(self, draw: Draw) -> int:
+        """How many logits of a row are taken to be adjusted: one of few numbers, each of which costs a recording."""
+        count = 0 if draw.adjustments is None else draw.adjustments.ids.shape[1]
+        return _bucket(max(count, 1), self._memory.most_adjusted, LEAST_ADJUSTED)
+
     def _run(self, shape: Shape, longest: int) -> None:
-        graph = self._graphs.get(shape)
-        if graph is not None:
-            graph.launch()
-            return
-        self._backend.run(shape, longest)
-        if shape.recorded and shape not in self._graphs:
-            self._graphs[shape] = self._record(shape, longest)
+        self._do(shape, False, lambda: self._backend.run(shape, longest))
 
     def _sample(self, shape: Shape) -> None:
-        graph = self._graphs.get(shape.rows)
+        self._do(shape, True, lambda: self._backend.sample(shape))
+
+    def _do(self, shape: Shape, draws: bool, work: Callable[[], None]) -> None:
+        """Launch what was recorded of `work` in this shape; where nothing was, do it, and record it if that is worth it."""
+        key = shape, draws
+        graph = self._graphs.get(key)
         if graph is not None:
             graph.launch()
             return
-        self._backend.sample(shape.rows, shape.recorded)
-        if shape.recorded and shape.rows not in self._graphs:
-            self._graphs[shape.rows] = self._record(shape.rows)
+        work()
+        if shape.recorded and key not in self._graphs:
+            self._graphs[key] = self._record(shape, work)
 
-    def _record(self, what: Shape | int, longest: int = 0) -> Graph | None:
+    def _record(self, shape: Shape, work: Callable[[], None]) -> Graph | None:
         if not self._backend.recordable:
             return None
         try:
-            if isinstance(what, Shape):
-                return self._cuda.record(lambda: self._backend.run(what, longest))
-            return self._cuda.record(lambda: self._backend.sample(what, recorded=True))
+            return self._cuda.record(work)
         except DeviceLost:
             raise
         except EngineError as error:  # the work itself has just been done without
-            log.warning("steps of %s are launched piece by piece, which is slower: %s", what, error)
+            log.warning("steps of %s are launched piece by piece, which is slower: %s", shape, error)
             return None
 
     def _land(self, flight: _Flight) -> tuple[Int64, Float32]:
@@ -169,6 +183,14 @@ class GpuEngine:
         tokens: Int64 = outputs.view(flight.lane.outputs, "tokens", flight.rows).copy()
         logprobs: Float32 = outputs.view(flight.lane.outputs, "logprobs", flight.rows).copy()
         self._handed = tokens.copy()
+        if flight.batch.draw.alternatives:
+            self._tops = self._told(flight)
+        return tokens, logprobs
+
+    def _told(self, flight: _Flight) -> tuple[Int64, Float32]:
+        shape, wanted = (flight.rows, self._memory.alternatives), flight.batch.draw.alternatives
+        views = [self._memory.tops.view(flight.lane.tops, name, math.prod(shape)).reshape(shape) for name in TOPS]
+        tokens, logprobs = (view[:, :wanted].copy() for view in views)
         return tokens, logprobs
 
     def _shape(self, batch: Batch) -> Shape:
@@ -194,6 +216,12 @@ class GpuEngine:
             raise EngineError(
                 f"a step with {len(batch.logit_rows)} logit rows is more than the {self._memory.rows} there is room for"
             )
+        adjustments = batch.draw.adjustments
+        if adjustments is not None and adjustments.ids.shape[1] > self._memory.most_adjusted:
+            raise EngineError(
+                f"a step that changes {adjustments.ids.shape[1]} logits of a row is more than the "
+                f"{self._memory.most_adjusted} there is room for"
+            )
         if int(batch.kv_lengths.max()) > self.context:
             raise EngineError(f"{int(batch.kv_lengths.max())} tokens are more than the {self.context} that a slot holds")
 
@@ -203,6 +231,8 @@ class GpuEngine:
         """Begin the step that is likely to follow `batch`; None where it cannot be told now."""
         count, seq = batch.input_ids.shape
         follows = seq == 1 and np.array_equal(batch.logit_rows, np.arange(count)) and len(draw.forced) == count
+        if draw.mask is not None:  # which depends on the token
+            return None
         if not follows or int(batch.kv_lengths.max()) >= self.context:
             return None
         unknown = np.zeros((count, 1), np.int64)
@@ -243,7 +273,19 @@ def _arrays(batch: Batch, sampled: bool) -> dict[str, Array]:
 
 
 def _same_draw(one: Draw, other: Draw) -> bool:
-    return one is other or all(np.array_equal(getattr(one, name), getattr(other, name)) for name in SAMPLING)
+    if one is other:
+        return True
+    if one.alternatives != other.alternatives or one.mask is not None or other.mask is not None:
+        return False
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in SAMPLING) and _same_adjustments(
+        one.adjustments, other.adjustments
+    )
+
+
+def _same_adjustments(one: Adjustments | None, other: Adjustments | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return all(np.array_equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(Adjustments))
 
 
 def _bucket(value: int, most: int, least: int = 1) -> int:

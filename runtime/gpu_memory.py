@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.accelerator import ALIGNMENT, Accelerator, UInt8
+from runtime.engine import MOST_ALTERNATIVES, MOST_NAMED, Adjustments, Int32
 
 if TYPE_CHECKING:
     from runtime.bundle import Layer  # which needs msgspec; this module does not
@@ -28,10 +29,24 @@ SAMPLING: dict[str, type[np.generic]] = {
     "forced": np.int64,
 }
 """The sampling tensors of the step contract, each [rows]."""
+ADJUSTMENTS: dict[str, type[np.generic]] = {
+    "adjust_ids": np.int64,
+    "adjust_bias": np.float32,
+    "adjust_scale": np.float32,
+    "adjust_penalty": np.float32,
+}
+"""Those of `runtime.engine.Adjustments`, each [rows, adjusted]."""
+TOPS: dict[str, type[np.generic]] = {"top_tokens": np.int64, "top_logprobs": np.float32}
+"""What is told of alternatives, each [rows, alternatives]."""
 _UNREAD = {"top_p": 1, "forced": -1}
 """What a sampling tensor holds in rows that nobody reads, where it is not 0."""
 _LANES = 2
 """Steps that are on their way to or from the device at the same time, at most: the one waited for, and the one ahead."""
+
+
+def most_adjusted(context: int) -> int:
+    """Tokens of a row whose logits a request can change in slots of `context` tokens: those there, and those that it names."""
+    return context + MOST_NAMED
 
 
 @dataclass(frozen=True)
@@ -45,8 +60,15 @@ class Shape:
     """Logit rows."""
     longest: int
     """Length of `kv_range`: at least the longest slot's tokens once these are written."""
+    adjusted: int = 0
+    """Adjusted logits of a row; 0 where nothing is adjusted, masked or told, as in every step of a model itself."""
     recorded: bool = False
     """The step is decoded again and again in this shape, so its work is worth recording."""
+
+
+def drawing(step: Shape, adjusted: int = 0) -> Shape:
+    """The shape of what draws the tokens of `step`, in which only its rows matter."""
+    return Shape(0, step.rows, 1, step.rows, 0, adjusted, step.recorded)
 
 
 class Block:
@@ -70,8 +92,9 @@ class Block:
 class Lane:
     """Pinned memory for one step's inputs and outputs, which must not be touched before the step is over."""
 
-    def __init__(self, cuda: Accelerator, inputs: Block, outputs: Block) -> None:
+    def __init__(self, cuda: Accelerator, inputs: Block, outputs: Block, adornments: Block, tops: Block) -> None:
         self.inputs, self.outputs = cuda.pinned(inputs.size), cuda.pinned(outputs.size)
+        self.adornments, self.tops = cuda.pinned(adornments.size), cuda.pinned(tops.size)
         self.done = cuda.event()
 
 
@@ -124,7 +147,18 @@ class Memory:
         self._input_address = cuda.allocate(self.inputs.size, "a step's inputs")
         self._output_address = cuda.allocate(self.outputs.size, "a step's tokens")
         self._logits_address = cuda.allocate(rows * vocab_size * 4, f"logits of {rows} rows over {vocab_size} tokens")
-        self._lanes = [Lane(cuda, self.inputs, self.outputs) for _ in range(_LANES)]
+        self.most_adjusted, self.alternatives = most_adjusted(context), min(MOST_ALTERNATIVES, vocab_size)
+        self._mask_words = -(-vocab_size // 32)
+        self.adornments = Block(
+            {
+                "mask": (np.int32, rows * self._mask_words),
+                **{name: (dtype, rows * self.most_adjusted) for name, dtype in ADJUSTMENTS.items()},
+            }
+        )
+        self.tops = Block({name: (dtype, rows * self.alternatives) for name, dtype in TOPS.items()})
+        self._adornments_address = cuda.allocate(self.adornments.size, f"masks and adjustments of {rows} rows")
+        self._tops_address = cuda.allocate(self.tops.size, "a step's alternatives")
+        self._lanes = [Lane(cuda, self.inputs, self.outputs, self.adornments, self.tops) for _ in range(_LANES)]
         self._next_lane = 0
         self._kv_range_address = self._count_up(capacity)
 
@@ -145,6 +179,10 @@ class Memory:
             return self._input_address + self.inputs.offsets[name]
         if name in self.outputs.offsets:
             return self._output_address + self.outputs.offsets[name]
+        if name in self.adornments.offsets:
+            return self._adornments_address + self.adornments.offsets[name]
+        if name in self.tops.offsets:
+            return self._tops_address + self.tops.offsets[name]
         return {"logits": self._logits_address, "kv_range": self._kv_range_address}[name]
 
     def dims(self, name: str, shape: Shape) -> tuple[int, ...]:
@@ -157,6 +195,12 @@ class Memory:
             return shape.batch, shape.seq
         if name == "logits":
             return shape.rows, self.vocab_size
+        if name == "mask":
+            return shape.rows, 4 * self._mask_words
+        if name in ADJUSTMENTS:
+            return shape.rows, shape.adjusted
+        if name in TOPS:
+            return shape.rows, self.alternatives
         return ({"kv_lengths": shape.batch, "kv_range": shape.longest}.get(name, shape.rows),)
 
     # A step's way --------------------------------------------------------------------------------------------------
@@ -187,9 +231,31 @@ class Memory:
         if continuing:
             self.cuda.copy(self.address("input_ids", 0), self.address("tokens", 0), 8 * continuing)
 
-    def fetch(self, lane: Lane) -> None:
-        """Download tokens and log-probabilities into `lane`, which holds them once `lane.done` has been waited for."""
+    def adorn(self, lane: Lane, mask: Int32 | None, adjustments: Adjustments | None, shape: Shape) -> None:
+        """Upload a mask and adjustments; rows that lack them allow all tokens and change none."""
+        words = self.adornments.view(lane.adornments, "mask", shape.rows * self._mask_words).reshape(shape.rows, -1)
+        words[:] = -1
+        if mask is not None:
+            words[: len(mask)] = mask
+        self._upload("mask", lane, words)
+        for name in ADJUSTMENTS:
+            there = self.adornments.view(lane.adornments, name, shape.rows * shape.adjusted).reshape(shape.rows, -1)
+            there[:] = 1 if name == "adjust_scale" else 0
+            given = None if adjustments is None else getattr(adjustments, name.removeprefix("adjust_"))
+            if given is not None and given.size:
+                there[: len(given), : given.shape[1]] = given
+                there[: len(given), given.shape[1] :] = given[:, :1]
+            self._upload(name, lane, there)
+
+    def _upload(self, name: str, lane: Lane, array: Array) -> None:
+        start = self.adornments.offsets[name]
+        self.cuda.upload(self._adornments_address + start, lane.adornments[start : start + array.nbytes])
+
+    def fetch(self, lane: Lane, *, tops: bool = False) -> None:
+        """Download what the step gives, `tops` or not, into `lane`, which holds it once `lane.done` has been waited for."""
         self.cuda.download(lane.outputs, self._output_address)
+        if tops:
+            self.cuda.download(lane.tops, self._tops_address)
         lane.done.record()
 
     # Slots ---------------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def _most(variant: Variant) -> int:
 def _weights(variant: Variant) -> int:
     """Bytes of weights that the variant keeps on a GPU."""
     plan = variant.plan
-    of_graph = sum(file.size for file in variant.files if file.path not in (variant.model, variant.sampler))
+    of_graph = sum(file.size for file in variant.files if file.path not in variant.computing)
     if plan is None or plan.stripped:
         return of_graph
-    return sum(file.size for file in variant.files if file.path in (variant.model, variant.sampler))
+    return sum(file.size for file in variant.files if file.path in variant.computing)

@@ -35,8 +35,6 @@ QUEUE_FILLS = 8
 """How often the tokens that may wait by default would fill every slot to its end. Whoever is last then waits for about as many
 tokens a slot with one slot as with 64, whereas the same number for both would be hours for the one and nothing for the other.
 With 8 slots it is what 64 requests can come to at most, which is how many may wait by default."""
-SCORED_CHUNK = 64
-"""Prompt tokens of a step that scores them: every engine that takes so many has room for their logits."""
 _TILE = 16
 _NAP = 0.005
 """Seconds that an iteration waits for a constraint to be compiled where there is nothing else to do."""
@@ -286,7 +284,7 @@ class Loop:
                 self._start(self._waiting.pop())
             sequence = self.slots.prefilling
             assert sequence is not None
-            most = min(self.engine.chunk, SCORED_CHUNK) if sequence.request.prompt_logprobs else self.engine.chunk
+            most = min(self.engine.chunk, self.engine.rows) if sequence.request.prompt_logprobs else self.engine.chunk
             chunk = _chunk(sequence.prompt_left, min(max(budget, _TILE), most))
             budget -= chunk
             news += self._prefill_chunk(sequence, chunk)

@@ -16,7 +16,7 @@ import psutil
 from runtime import bundle
 from runtime.bundle import Bundle, Variant
 from runtime.engine import Adjustments, Batch, Draw, EngineError, Float32, Int64
-from runtime.footprint import CHUNK
+from runtime.footprint import CHUNK, ROWS
 
 _MANY_COST = {"fp32": 0.0, "int8": 0.2, "int4": 0.2}
 _ROW_COST = {"fp32": 0.06, "int8": 0.13, "int4": 0.13}
@@ -40,7 +40,7 @@ class OrtEngine:
         if variant.kv_dtype not in _KV_TYPES:
             raise EngineError(f"variant {variant.name!r} keeps its cache in {variant.kv_dtype}, which the CPU does not serve")
         self.slots, self.context, self.vocab_size = slots, context, vocab_size
-        self.chunk, self.runs_ahead = CHUNK, False
+        self.chunk, self.rows, self.runs_ahead = CHUNK, max(slots, ROWS), False
         self.many_cost = _MANY_COST.get(variant.precision, 0.2)
         self.row_cost = _ROW_COST.get(variant.precision, 0.13)
         self.step_cost = _BYTE_COST.get(variant.precision, 2.0) * (variant.step_bytes or variant.size)
@@ -135,10 +135,10 @@ class OrtEngine:
             "uniform": draw.uniform,
             "forced": draw.forced,
             "mask": np.ascontiguousarray(mask).view(np.uint8),
-            "adjust_ids": adjustments.ids,
-            "adjust_bias": adjustments.bias,
-            "adjust_scale": adjustments.scale,
-            "adjust_penalty": adjustments.penalty,
+            "adjust_ids": np.ascontiguousarray(adjustments.ids),
+            "adjust_bias": np.ascontiguousarray(adjustments.bias),
+            "adjust_scale": np.ascontiguousarray(adjustments.scale),
+            "adjust_penalty": np.ascontiguousarray(adjustments.penalty),
             "alternatives": np.array([draw.alternatives], np.int64),
         }
 

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from runtime.accelerator import Accelerator, check_room
 from runtime.engine import DeviceLost, EngineError
 from runtime.gpu import GpuEngine
-from runtime.gpu_memory import SAMPLING, Memory, Shape
+from runtime.gpu_memory import ADJUSTMENTS, SAMPLING, TOPS, Memory, Shape
 from runtime.ort_providers import Provider, check_installed, compiling_session, cuda_options, cuda_session
 
 if TYPE_CHECKING:
@@ -44,7 +44,10 @@ _TYPES: dict[str, Any] = {
     "logits": np.float32,
     "tokens": np.int64,
     "logprobs": np.float32,
+    "mask": np.uint8,
     **SAMPLING,
+    **ADJUSTMENTS,
+    **TOPS,
 }
 
 
@@ -64,7 +67,7 @@ def load(
     `provider` runs the model, the CUDA provider what that leaves and the sampler; the two of TensorRT keep what they compile
     in the folder `cache`. Raises EngineError.
     """
-    if variant.sampler is None:
+    if variant.sampler is None or variant.adorned is None:
         raise EngineError(f"variant {variant.name!r} has no sampler, which a GPU needs; export the model again")
     check_installed(provider)
     # At least one row more than tokens, as in every GPU engine: see `Memory.fill`.
@@ -84,28 +87,29 @@ def load(
     advice = "start with fewer slots or a shorter context, or export the model in a smaller precision"
     check_room(cuda, variant.size, f"variant {variant.name!r}", advice)
     before, left = cuda.free, cuda.limit - cuda.taken
-    share = min(left // 4, (64 << 20) + _SAMPLER_COPIES * 4 * rows * vocab_size)
-    sampler, records_draws = cuda_session(folder / variant.sampler, cuda_options(cuda, share))
+    share = min(left // 8, (64 << 20) + _SAMPLER_COPIES * 4 * rows * vocab_size)
+    samplers = [cuda_session(folder / path, cuda_options(cuda, share)) for path in (variant.sampler, variant.adorned)]
+    options = cuda_options(cuda, left - 2 * share)
     if provider == "cuda":
-        model, records = cuda_session(folder / variant.model, cuda_options(cuda, left - share))
+        model, records = cuda_session(folder / variant.model, options)
     else:
-        options = cuda_options(cuda, left - share)
         model, records = compiling_session(folder / variant.model, provider, options, CHUNK, memory, cache), False
     cuda.account(max(before - cuda.free, 0))
-    backend = Sessions(memory, variant.kv_dtype, model, records, sampler, records_draws)
+    backend = Sessions(memory, variant.kv_dtype, (model, records), *samplers)
     return GpuEngine(cuda, memory, backend, chunk=CHUNK, step_bytes=variant.step_bytes or variant.size)
 
 
 class Sessions:
-    """The `runtime.gpu.Backend` of a model's and a sampler's session."""
+    """The `runtime.gpu.Backend` of the sessions of a model and its two samplers."""
 
     pads = False
     recordable = False  # by the engine, that is
 
-    def __init__(self, memory: Memory, kv_dtype: str, model: Any, records: bool, sampler: Any, records_draws: bool) -> None:
-        """`records`: whether the session records and replays."""
-        self._model = _Session(model, memory, kv_dtype, records)
-        self._sampler = _Session(sampler, memory, kv_dtype, records_draws)
+    def __init__(self, memory: Memory, kv_dtype: str, *sessions: tuple[Any, bool]) -> None:
+        """`sessions`: of the model, the plain sampler and the one that is adorned, each with whether it records and replays."""
+        self._model, self._sampler, self._adorned = (
+            _Session(session, memory, kv_dtype, records) for session, records in sessions
+        )
         self.inputs = frozenset(self._model.inputs)
         missing = {"input_ids", "forced", *(f"past.{name}" for name in memory.kv_names)} - self.inputs
         if missing:
@@ -118,13 +122,13 @@ class Sessions:
         """See `runtime.gpu.Backend.run`."""
         self._model.run(shape, longest)
 
-    def sample(self, rows: int, recorded: bool) -> None:
+    def sample(self, shape: Shape) -> None:
         """See `runtime.gpu.Backend.sample`."""
-        self._sampler.run(Shape(0, rows, 1, rows, 0, recorded), 0)
+        (self._adorned if shape.adjusted else self._sampler).run(shape, 0)
 
     def close(self) -> None:
         """See `runtime.gpu.Backend.close`."""
-        del self._model, self._sampler
+        del self._model, self._sampler, self._adorned
 
 
 class _Session:

@@ -15,7 +15,7 @@ from runtime.engine import EngineError
 from runtime.gpu import GpuEngine
 from runtime.gpu_memory import Memory
 from runtime.trt_contexts import Contexts
-from runtime.trt_plan import Lines, PlanRefused, check_machine, check_model, check_sampler, open_plan
+from runtime.trt_plan import Lines, PlanRefused, check_adorned, check_machine, check_model, check_sampler, open_plan
 
 if TYPE_CHECKING:
     from runtime.bundle import Plan, Variant  # which needs msgspec; this module does not
@@ -68,7 +68,7 @@ def _start(
     cache: Path | None,
 ) -> GpuEngine:
     plan = variant.plan
-    if plan is None or variant.sampler is None:
+    if plan is None or variant.sampler is None or variant.adorned is None:
         raise EngineError(f"the manifest says of variant {variant.name!r} not what its plan is; export the model again")
     context = _check_sizes(plan, slots, context)
     trt = _library(plan)
@@ -78,8 +78,10 @@ def _start(
     before = cuda.free
     model = open_plan(trt, runtime, lines, folder / variant.model, folder / plan.source, plan)
     sampler = open_plan(trt, runtime, lines, folder / variant.sampler, folder / plan.sampler_source, plan)
+    adorned = open_plan(trt, runtime, lines, folder / variant.adorned, folder / plan.adorned_source, plan)
     check_model(trt, model, variant, plan, vocab_size, slots)
-    check_sampler(trt, sampler, variant, plan, vocab_size)
+    check_sampler(trt, sampler, variant.sampler, plan, vocab_size)
+    check_adorned(trt, adorned, variant.adorned, plan, vocab_size)
     cuda.account(max(before - cuda.free, 0))  # the weights, which TensorRT put there by itself
     chunk = max(profile.max_seq for profile in plan.profiles)
     memory = Memory(
@@ -94,7 +96,7 @@ def _start(
         vocab_size=vocab_size,
     )
     kept = None if cache is None else cache / f"{folder.name}-{variant.name}-{plan.version}-{cuda.compute_capability}.cache"
-    backend = Contexts(trt, runtime, lines, model, sampler, plan.profiles, memory, cuda, kept)
+    backend = Contexts(trt, runtime, lines, model, (sampler, adorned), plan.profiles, memory, cuda, kept)
     return GpuEngine(cuda, memory, backend, chunk=chunk, step_bytes=variant.step_bytes or variant.size)
 
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Contexts:
-    """The `runtime.gpu.Backend` of a model's and a sampler's engine."""
+    """The `runtime.gpu.Backend` of the engines of a model and its two samplers."""
 
     pads = True
     recordable = True
@@ -32,17 +32,19 @@ class Contexts:
         runtime: Any,
         lines: "Lines",
         model: Any,
-        sampler: Any,
+        samplers: tuple[Any, Any],
         profiles: "tuple[Profile, ...]",
         memory: Memory,
         cuda: Accelerator,
         cache: Path | None,
     ) -> None:
-        """`cache` is the file in which TensorRT-RTX keeps what it compiles here."""
+        """`samplers`: the plain one and the one that is adorned.
+
+        `cache` is the file in which TensorRT-RTX keeps what it compiles here."""
         self._trt, self._runtime, self._lines, self._profiles = trt, runtime, lines, profiles
-        self._model, self._sampler, self._memory, self._cuda = model, sampler, memory, cuda
+        self._model, self._samplers, self._memory, self._cuda = model, samplers, memory, cuda
         self.inputs = frozenset(_names(trt, model, trt.TensorIOMode.INPUT))
-        self._scratch_size = max(model.device_memory_size_v2, sampler.device_memory_size_v2, 1)
+        self._scratch_size = max(1, *(engine.device_memory_size_v2 for engine in (model, *samplers)))
         self._scratch = cuda.allocate(
             self._scratch_size,
             "TensorRT's memory for a step",
@@ -63,12 +65,13 @@ class Contexts:
             self._contexts[key] = self._context(self._model, profile, eager=shape.recorded)
         self._contexts[key].run(shape)
 
-    def sample(self, rows: int, recorded: bool) -> None:
+    def sample(self, shape: Shape) -> None:
         """See `runtime.gpu.Backend.sample`."""
-        shape = Shape(0, rows, 1, rows, 0)
-        key = ("sampler", shape if recorded else 0)
+        plain, adorned = self._samplers
+        name, engine = ("adorned", adorned) if shape.adjusted else ("sampler", plain)
+        key = (name, shape if shape.recorded else 0)
         if key not in self._contexts:
-            self._contexts[key] = self._context(self._sampler, 0, eager=recorded)
+            self._contexts[key] = self._context(engine, 0, eager=shape.recorded)
         self._contexts[key].run(shape)
 
     def close(self) -> None:
@@ -76,7 +79,7 @@ class Contexts:
         if self._cache is not None and self._cache_file is not None and self._contexts:
             _keep(self._cache, self._cache_file)
         self._contexts.clear()
-        del self._model, self._sampler, self._cache, self._runtime
+        del self._model, self._samplers, self._cache, self._runtime
 
     def _profile(self, shape: Shape) -> int:
         for index, profile in enumerate(self._profiles):

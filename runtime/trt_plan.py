@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.accelerator import ALIGNMENT, Accelerator
-from runtime.engine import EngineError
-from runtime.gpu_memory import KV_ITEMSIZE, SAMPLING
+from runtime.engine import MOST_ALTERNATIVES, EngineError
+from runtime.gpu_memory import ADJUSTMENTS, KV_ITEMSIZE, SAMPLING
 
 if TYPE_CHECKING:
     from runtime.bundle import Plan, Variant  # which needs msgspec; this module does not
@@ -155,14 +155,25 @@ def check_model(trt: Any, engine: Any, variant: "Variant", plan: "Plan", vocab_s
         )
 
 
-def check_sampler(trt: Any, engine: Any, variant: "Variant", plan: "Plan", vocab_size: int) -> None:
-    """Raise PlanRefused where the sampler's tensors are not those of the contract."""
+def check_sampler(trt: Any, engine: Any, name: str, plan: "Plan", vocab_size: int) -> None:
+    """Raise PlanRefused where the sampler's tensors are not those of the contract; `name` says which plan it is."""
+    _check_tensors(trt, engine, name, plan, _sampling(trt, vocab_size), _chosen(trt), set())
+
+
+def check_adorned(trt: Any, engine: Any, name: str, plan: "Plan", vocab_size: int) -> None:
+    """`check_sampler` of the one that takes masks and adjustments, too."""
     types = trt.DataType
-    integers = {"top_k", "forced"}
+    inputs = _sampling(trt, vocab_size) | {"mask": (types.UINT8, (-1, 4 * -(-vocab_size // 32)))}
+    inputs |= {name: (types.INT64 if name == "adjust_ids" else types.FLOAT, (-1, -1)) for name in ADJUSTMENTS}
+    told = -1, min(MOST_ALTERNATIVES, vocab_size)
+    outputs = _chosen(trt) | {"top_tokens": (types.INT64, told), "top_logprobs": (types.FLOAT, told)}
+    _check_tensors(trt, engine, name, plan, inputs, outputs, set())
+
+
+def _sampling(trt: Any, vocab_size: int) -> Tensors:
+    types, integers = trt.DataType, {"top_k", "forced"}
     inputs: Tensors = {name: (types.INT64 if name in integers else types.FLOAT, (-1,)) for name in SAMPLING}
-    inputs["logits"] = (types.FLOAT, (-1, vocab_size))
-    assert variant.sampler is not None
-    _check_tensors(trt, engine, variant.sampler, plan, inputs, _chosen(trt), set())
+    return inputs | {"logits": (types.FLOAT, (-1, vocab_size))}
 
 
 def _chosen(trt: Any) -> Tensors:

@@ -29,6 +29,7 @@ class Graphs:
     kv_dtype: str
     model: str
     sampler: str
+    adorned: str
     layers: tuple[Layer, ...]
     step_bytes: int
     """Bytes of weights that a step of one token reads."""
@@ -121,6 +122,7 @@ def write(
     step_bytes = graph.step_bytes(traced)
     graph.write(traced, folder)
     graph.write_whole(sampler.sampling_graph(vocab), folder / graph.SAMPLER)
+    graph.write_whole(sampler.sampling_graph(vocab, adorned=True), folder / graph.ADORNED)
     precision = "int4" if int4 else _PRECISIONS[dtype]
     return Graphs(
         name=f"{target}-{precision}",
@@ -128,6 +130,7 @@ def write(
         kv_dtype=str(dtype).removeprefix("torch."),
         model=graph.MODEL,
         sampler=graph.SAMPLER,
+        adorned=graph.ADORNED,
         layers=tuple(seen.layers),
         step_bytes=step_bytes,
         size=sum(file.stat().st_size for file in folder.iterdir()),

@@ -191,7 +191,7 @@ def test_log_probabilities_of_forced_tokens(loaded: "Loaded") -> None:
 def test_every_node_runs_on_the_gpu(loaded: "Loaded", capsys: pytest.CaptureFixture[str]) -> None:
     cuda = Cuda()
     try:
-        for name in (loaded.exported.graphs.model, loaded.exported.graphs.sampler):
+        for name in (loaded.exported.graphs.model, loaded.exported.graphs.sampler, loaded.exported.graphs.adorned):
             options = ort.SessionOptions()
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             providers = [("CUDAExecutionProvider", cuda_options(cuda, 1 << 28)), "CPUExecutionProvider"]

@@ -42,7 +42,8 @@ def build(builder: Any, exported: "Exported", folder: Path, capability: str) -> 
     graphs = models.write(traced, exported.seen, folder, dtype=dtype, vocab=VOCAB, target="tensorrt-rtx")
     profiles = (Profile(SLOTS, 1, SLOTS), Profile(1, CHUNK, ROWS))
     builder.build(folder / graph.MODEL, folder / "model.plan", profiles, (capability,), capacity=CAPACITY)
-    builder.build(folder / graph.SAMPLER, folder / "sampler.plan", (Profile(1, 1, ROWS),), (capability,), capacity=CAPACITY)
+    for source, made in ((graph.SAMPLER, "sampler.plan"), (graph.ADORNED, "adorned.plan")):
+        builder.build(folder / source, folder / made, (Profile(1, 1, ROWS),), (capability,), capacity=CAPACITY)
     plan: Any = Plan(
         builder="tensorrt-rtx",
         version=builder.version,
@@ -52,8 +53,9 @@ def build(builder: Any, exported: "Exported", folder: Path, capability: str) -> 
         stripped=False,
         source=graph.MODEL,
         sampler_source=graph.SAMPLER,
+        adorned_source=graph.ADORNED,
     )
-    return replace(graphs, model="model.plan", sampler="sampler.plan", plan=plan)
+    return replace(graphs, model="model.plan", sampler="sampler.plan", adorned="adorned.plan", plan=plan)
 
 
 @pytest.fixture(scope="module", params=["llama", "sliding"])

@@ -36,6 +36,7 @@ class Instant:
     row_cost = 0.2
     step_cost = 1.0
     chunk = 128
+    rows = 64
     runs_ahead = False
 
     def __init__(self) -> None:

@@ -15,7 +15,8 @@ import torch
 from runtime import engine, messages, ort
 from runtime.draft import Drafter
 from runtime.engine import Batch, Draw, Float32, Int64
-from runtime.loop import SCORED_CHUNK, Loop
+from runtime.footprint import ROWS
+from runtime.loop import Loop
 from runtime.messages import MOST_ALTERNATIVES, Generate, Refused, Row, Sampling, Scored
 from runtime.ort import OrtEngine
 from runtime.penalties import Penalties
@@ -209,7 +210,7 @@ def test_given_guesses_then_alternatives_stand_with_their_tokens(served: OrtEngi
     assert np.abs(np.array(one)[..., 1] - np.array(other)[..., 1]).max() < 1e-4
 
 
-@pytest.mark.parametrize("length", [1, 2, SCORED_CHUNK - 1, SCORED_CHUNK, SCORED_CHUNK + 1, 200])
+@pytest.mark.parametrize("length", [1, 2, ROWS - 1, ROWS, ROWS + 1, 200])
 @pytest.mark.parametrize("top", [0, 4])
 def test_given_prompt_logprobs_then_every_token_but_the_first_is_scored(
     loop: Loop, reference: Any, length: int, top: int

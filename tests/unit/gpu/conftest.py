@@ -15,6 +15,7 @@ from export.recipe import Build
 from runtime import gpu, ort, ort_cuda, ort_providers, trt
 from runtime.bundle import File, Layer, Plan, Profile, Variant
 from runtime.gpu import GpuEngine
+from runtime.gpu_memory import most_adjusted
 from runtime.ort import OrtEngine
 from tests import tiny
 from tests.unit.gpu import plans, sessions
@@ -49,10 +50,15 @@ def plan_export(tmp_path_factory: pytest.TempPathFactory) -> Export:
     graph.tidy(traced)
     graph.write(traced, folder)
     graph.write_whole(sampler.sampling_graph(tiny.VOCAB), folder / graph.SAMPLER)
+    graph.write_whole(sampler.sampling_graph(tiny.VOCAB, adorned=True), folder / graph.ADORNED)
     layers = tuple(Layer(x.index, x.kv_heads, x.key_dim, x.value_dim) for x in seen.layers)
     plans.write_plan(folder / "model.plan", folder / graph.MODEL, [model_ranges(layers, profile) for profile in PROFILES])
-    plans.write_plan(folder / "sampler.plan", folder / graph.SAMPLER, [sampler_ranges(max(p.max_rows for p in PROFILES))])
-    plan = Plan("tensorrt-rtx", plans.__version__, ("8.6", "8.9"), CAPACITY, PROFILES, False, graph.MODEL, graph.SAMPLER)
+    rows = max(profile.max_rows for profile in PROFILES)
+    plans.write_plan(folder / "sampler.plan", folder / graph.SAMPLER, [sampler_ranges(rows)])
+    plans.write_plan(folder / "adorned.plan", folder / graph.ADORNED, [sampler_ranges(rows) | adorned_ranges(rows)])
+    plan = Plan(
+        "tensorrt-rtx", plans.__version__, ("8.6", "8.9"), CAPACITY, PROFILES, False, graph.MODEL, graph.SAMPLER, graph.ADORNED
+    )
     variant = Variant(
         name="tensorrt-rtx-fp32",
         target="tensorrt-rtx",
@@ -63,6 +69,7 @@ def plan_export(tmp_path_factory: pytest.TempPathFactory) -> Export:
         layers=layers,
         builder="the stand-in",
         sampler="sampler.plan",
+        adorned="adorned.plan",
         plan=plan,
     )
     return Export(folder, variant)
@@ -180,3 +187,10 @@ def sampler_ranges(rows: int) -> dict[str, Range]:
     """The same of the sampler's."""
     ranges: dict[str, Range] = dict.fromkeys(sampler.INPUTS, ((1,), (rows,)))
     return ranges | {"logits": ((1, tiny.VOCAB), (rows, tiny.VOCAB))}
+
+
+def adorned_ranges(rows: int) -> dict[str, Range]:
+    """What the one that takes masks and adjustments has beside them."""
+    ranges: dict[str, Range] = dict.fromkeys(sampler.ADJUSTMENTS, ((1, 1), (rows, most_adjusted(CAPACITY))))
+    words = 4 * -(-tiny.VOCAB // 32)
+    return ranges | {"mask": ((1, words), (rows, words))}

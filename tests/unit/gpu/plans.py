@@ -26,6 +26,7 @@ class DataType(enum.Enum):
     BF16 = "tensor(bfloat16)"
     INT32 = "tensor(int32)"
     INT64 = "tensor(int64)"
+    UINT8 = "tensor(uint8)"
 
 
 TensorIOMode = enum.Enum("TensorIOMode", "NONE INPUT OUTPUT")

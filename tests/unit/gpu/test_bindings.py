@@ -130,7 +130,7 @@ def test_tensorrt_rtx_judges_a_file_before_it_is_opened(tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
     path = tmp_path / "damaged.plan"
     path.write_bytes(b"no plan at all" * 100)
-    plan = Plan("tensorrt-rtx", trt.__version__, ("8.9",), 64, (Profile(1, 1, 1),), False, "m.onnx", "s.onnx")
+    plan = Plan("tensorrt-rtx", trt.__version__, ("8.9",), 64, (Profile(1, 1, 1),), False, "m.onnx", "s.onnx", "a.onnx")
     lines = Lines(trt)
     with pytest.raises(PlanRefused, match=r"damaged.plan is damaged or no plan at all; build it on this machine"):
         open_plan(trt, trt.Runtime(lines.logger), lines, path, path, plan)

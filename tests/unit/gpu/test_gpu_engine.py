@@ -2,11 +2,13 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime.engine import Batch, DeviceLost, Draw, Engine, EngineError
+from runtime.engine import MOST_ALTERNATIVES, Adjustments, Batch, DeviceLost, Draw, Engine, EngineError, Int32
 from runtime.gpu import GpuEngine
 from runtime.ort import OrtEngine
 from tests import tiny
@@ -151,6 +153,110 @@ def test_sampled_and_greedy_rows_mix(load: Load, reference: OrtEngine) -> None:
         assert tokens.tolist() == expected.tolist()
         assert np.allclose(logprobs, right, atol=1e-4)
         last = tokens.tolist()
+
+
+def adorned(temperatures: list[float], seed: int, *, masked: bool = True, adjusted: int = 9, told: int = 4) -> Draw:
+    """`sampled`, under masks of few tokens, with so many adjusted logits a row and as many alternatives as are told."""
+    rows, numbers = len(temperatures), np.random.default_rng(seed)
+    allowed = np.zeros((rows, tiny.VOCAB), bool)
+    for row in allowed:
+        row[numbers.choice(tiny.VOCAB, numbers.integers(1, 40), replace=False)] = True
+    mask = np.packbits(allowed, axis=1, bitorder="little").view(np.int32)
+    shape = rows, adjusted
+    adjustments = Adjustments(
+        numbers.permuted(np.tile(np.arange(tiny.VOCAB), (rows, 1)), axis=1)[:, :adjusted],
+        numbers.normal(0, 3, shape).astype(np.float32),
+        numbers.uniform(0.5, 2, shape).astype(np.float32),
+        numbers.normal(0, 2, shape).astype(np.float32),
+    )
+    return replace(
+        sampled(temperatures, seed),
+        mask=mask if masked else None,
+        adjustments=adjustments if adjusted else None,
+        alternatives=told,
+    )
+
+
+WISHES: list[dict[str, Any]] = [
+    {},
+    {"adjusted": 300},
+    {"masked": False, "told": 0},
+    {"adjusted": 0, "told": 0},
+    {"masked": False, "adjusted": 0, "told": MOST_ALTERNATIVES},
+    {"masked": False, "adjusted": 0, "told": 0},
+    {"adjusted": 17, "told": 0},
+    {"told": 1},
+]
+
+
+def test_masks_adjustments_and_alternatives_are_the_cpus(load: Load, reference: OrtEngine) -> None:
+    """In steps that differ in what they want, some of which were recorded and some begun ahead."""
+    engine, lengths = load(), [3, 8, 5]
+    last = [prefill(one, slot, prompt(length, seed=slot)) for slot, length in enumerate(lengths) for one in (engine, reference)]
+    last = last[::2]
+    wishes = [wish for wish in WISHES for _ in range(3)]
+    for step, wish in enumerate(wishes):
+        lengths = [length + 1 for length in lengths]
+        heat = [0.8, 0.0, 1.3] if step % 3 else [0.0, 0.0, 0.0]
+        batch, following = decode(last, lengths, adorned(heat, step, **wish)), wishes[(step + 1) % len(wishes)]
+        ahead = adorned([0.8, 0.0, 1.3] if (step + 1) % 3 else [0.0, 0.0, 0.0], step + 1, **following)
+        tokens, logprobs = engine.step(batch, ahead if step % 2 else None)
+        expected, right = reference.step(batch)
+        assert tokens.tolist() == expected.tolist()
+        assert np.allclose(logprobs, right, atol=1e-4)
+        if batch.draw.alternatives:
+            (told, shares), (likeliest, most) = engine.alternatives(), reference.alternatives()
+            assert told.tolist() == likeliest.tolist()
+            assert np.allclose(shares, most, atol=1e-4)
+            assert told.shape == (3, wish.get("told", 4))
+        last = tokens.tolist()
+
+
+def test_a_mask_is_asked_for_once_the_models_work_is_under_way(load: Load, reference: OrtEngine) -> None:
+    device = HostDevice()
+    engine = load(device=device)
+    for one in (engine, reference):
+        prefill(one, 0, prompt(4))
+    given = adorned([0.0], seed=3)
+    asked_for: list[int] = []
+    before = device.asked
+
+    def late() -> Int32:
+        asked_for.append(device.asked - before)
+        assert isinstance(given.mask, np.ndarray)
+        return given.mask
+
+    tokens, _ = engine.step(decode([5], [5], replace(given, mask=late)))
+    assert tokens.tolist() == reference.step(decode([5], [5], given))[0].tolist()
+    assert len(asked_for) == 1
+    assert asked_for[0] >= 2  # the inputs' way up, and the model
+
+
+def test_a_step_that_wants_nothing_of_it_moves_no_masks_and_tells_no_alternatives(load: Load) -> None:
+    device = HostDevice()
+    engine = load(device=device)
+    prefill(engine, 0, prompt(4))
+
+    def pieces(draw: Draw) -> int:
+        engine.step(decode([5], [5], draw))
+        before = device.asked
+        engine.step(decode([5], [5], draw))
+        return device.asked - before
+
+    assert pieces(Draw.greedy(1)) == 3  # inputs up, the step, tokens down
+    assert pieces(sampled([1.0], 1)) == 4
+    assert pieces(adorned([1.0], 1)) == 4 + 5 + 1  # the mask and four arrays up, alternatives down
+
+
+def test_a_scored_chunk_tells_alternatives(load: Load, reference: OrtEngine) -> None:
+    tokens, targets = prompt(9), prompt(9, seed=1)
+    forced = replace(Draw.force(np.array([*targets[:8], -1])), alternatives=5)
+    batch, engine = chunk(0, tokens, 9, list(range(9)), forced), load()
+    got, logprobs = engine.step(batch)
+    expected, right = reference.step(batch)
+    assert got.tolist() == expected.tolist()
+    assert np.allclose(logprobs, right, atol=1e-4)
+    assert engine.alternatives()[0].tolist() == reference.alternatives()[0].tolist()
 
 
 def test_what_a_step_gave_stays_when_others_follow(load: Load) -> None:

@@ -1,11 +1,16 @@
 """The decode loop over the engine on a GPU: requests come, end and are cancelled at any time, and each gets its own answer."""
 
 import random
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 
+from runtime.engine import Engine
 from runtime.loop import Loop
-from runtime.messages import Generate, Sampling
+from runtime.messages import Generate, Row, Sampling
+from runtime.ort import OrtEngine
 from tests.unit.gpu.conftest import CONTEXT, SLOTS, Load
 from tests.unit.gpu.test_gpu_engine import Greedy, prompt
 
@@ -65,3 +70,52 @@ def test_sampled_answers_are_the_seeds_own(load: Load) -> None:
         return [got[name] for name in sorted(got)]
 
     assert run(together=1) == run(together=4)
+
+
+def test_penalties_alternatives_and_scored_prompts_are_the_cpus(load: Load, reference: OrtEngine) -> None:
+    """Many requests with different wishes, with guesses and without."""
+
+    def run(engine: Engine, speculation: bool) -> dict[str, list[Row]]:
+        loop, got = Loop(engine, queue=20, speculation=speculation), dict[str, list[Row]]()
+        for number in range(9):
+            sampling = Sampling(
+                temperature=0.9 if number % 2 else 0.0,
+                seed=number,
+                logit_bias={7: 3.0, 9: -2.0} if number % 3 else {},
+                frequency_penalty=0.5 if number % 4 == 1 else 0.0,
+                repetition_penalty=1.3 if number % 3 == 2 else 1.0,
+            )
+            request = Generate(
+                f"r{number}",
+                prompt(4 + 4 * number, seed=number),
+                max_tokens=20,
+                sampling=sampling,
+                stop_ids=[7],
+                min_tokens=number,
+                top_logprobs=number % 3,
+                prompt_logprobs=number % 2 == 0,
+            )
+            assert loop.submit(FRONT, request) is None
+        while loop.busy:
+            for news in loop.step():
+                assert news.row.finish != "error", news.row.message
+                got.setdefault(news.row.id, []).append(news.row)
+        return got
+
+    expected = run(reference, speculation=False)
+    for speculation in (False, True):
+        rows = run(load(), speculation)
+        assert rows.keys() == expected.keys()
+        for name, right in expected.items():
+            assert list(_each(rows[name], "tokens")) == list(_each(right, "tokens")), name
+            assert [row.finish for row in rows[name]][-1] == right[-1].finish
+            ours, theirs = ([token for top in _each(some, "tops") for token, _ in top] for some in (rows[name], right))
+            assert ours == theirs
+            scores, scored = rows[name][0].prompt, right[0].prompt
+            assert np.allclose([s.logprob for s in scores], [s.logprob for s in scored], atol=1e-4)
+            assert [[t for t, _ in s.tops] for s in scores] == [[t for t, _ in s.tops] for s in scored]
+
+
+def _each(rows: list[Row], name: str) -> Iterator[Any]:
+    for row in rows:
+        yield from getattr(row, name)

@@ -51,9 +51,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[HostDevice]:
 def manifest_of(export: Export) -> tuple[Bundle, Variant]:
     """A manifest around the variant of `export`, with the hashes of its files."""
     variant, plan = export.variant, export.variant.plan
-    sources = (plan.source, plan.sampler_source) if plan else ()
+    sources = (plan.source, plan.sampler_source, plan.adorned_source) if plan else ()
     weights = str(Path(plan.source if plan else variant.model).with_name("weights.bin"))
-    names = {variant.model, variant.sampler, *sources, weights}
+    names = {*variant.computing, *sources, weights}
     paths = sorted(name for name in names if name is not None)
     files = tuple(bundle.describe(export.folder, path) for path in paths)
     variant = msgspec.structs.replace(variant, files=files)

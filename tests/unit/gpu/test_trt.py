@@ -39,7 +39,7 @@ def with_plan(export: Export, name: str, **changes: Any) -> Variant:
 
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> list[plans.ICudaEngine]:
-    """The model's and the sampler's engine, once they are opened."""
+    """The engines of the model and its two samplers, once they are opened."""
     opened: list[plans.ICudaEngine] = []
     real = plans.Runtime.deserialize_cuda_engine
 
@@ -254,13 +254,13 @@ def test_what_was_compiled_is_kept_for_the_next_start(
     for starts in (1, 2):
         engine = load_plan(cache=folder)
         prefill(engine, 0, prompt(3))
-        assert engines[-2].contexts[0].config.cache.compiled == starts  # type: ignore[union-attr]
+        assert engines[-3].contexts[0].config.cache.compiled == starts  # type: ignore[union-attr]
         engine.close()
         (kept,) = folder.iterdir()
         assert kept.name.endswith("tensorrt-rtx-fp32-1.7.1.116-8.9.cache")
     kept.write_bytes(b"of another version")
     prefill(load_plan(cache=folder), 0, prompt(3))
-    assert engines[-2].contexts[0].config.cache.compiled == 1  # type: ignore[union-attr]
+    assert engines[-3].contexts[0].config.cache.compiled == 1  # type: ignore[union-attr]
 
 
 def test_an_error_of_tensorrt_reaches_the_one_who_asked(

@@ -39,7 +39,17 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def planned(bundle: Bundle) -> Bundle:
     """A bundle with a variant for GPUs, as far as a command line looks at it."""
-    made = Plan("tensorrt", "11.4", ("8.9",), capacity=33, profiles=(), stripped=False, source="a", sampler_source="b")
+    made = Plan(
+        "tensorrt",
+        "11.4",
+        ("8.9",),
+        capacity=33,
+        profiles=(),
+        stripped=False,
+        source="a",
+        sampler_source="b",
+        adorned_source="c",
+    )
     variant: Variant = msgspec.structs.replace(bundle.variants[0], name="tensorrt-fp16", target="tensorrt", plan=made)
     return msgspec.structs.replace(bundle, variants=(*bundle.variants, variant))
 
