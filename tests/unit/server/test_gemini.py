@@ -249,6 +249,15 @@ async def test_contents_are_answered_whole(house: House) -> None:
     }
 
 
+async def test_the_other_version_answers_the_same(house: House) -> None:
+    asking = asyncio.ensure_future(house.http.post("/v1/models/tiny:generateContent", json=HI))
+    await house.worker.say(await house.worker.next(Generate), "Hello", "stop")
+    (candidate,) = (await (await asking).json())["candidates"]
+    assert candidate["content"]["parts"] == [{"text": "Hello"}]
+    status, error = await refused(house, {}, "/v1/models/tiny:countTokens")
+    assert (status, error["status"]) == (400, "INVALID_ARGUMENT")
+
+
 async def test_an_answer_that_reaches_its_limit_says_so(house: House) -> None:
     answer, _ = await whole(house, {"generationConfig": {"maxOutputTokens": 2}}, ("He", "length"))
     assert answer["candidates"][0]["finishReason"] == "MAX_TOKENS"
@@ -465,7 +474,8 @@ async def test_a_key_may_stand_in_the_address_and_is_not_logged(
             (f"{MODEL}?key=wrong", 401),
             (MODEL, 401),
             (f"/v1beta/nothing?key={key}", 404),
-            (f"/v1/models?key={key}", 401),  # Only where Google's clients put it.
+            (f"/v1/models?key={key}", 401),
+            (f"/v1/models/tiny?key={key}", 401),  # Only where Google's clients put it.
         ]:
             async with http.get(path) as response:
                 assert response.status == status, path
