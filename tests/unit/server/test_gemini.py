@@ -143,7 +143,7 @@ def test_contents_are_the_turns_of_a_chat_and_results_find_their_calls() -> None
 def test_a_tool_config_says_which_functions_may_and_must_be_called(calling: Any, wanted: str, names: list[str]) -> None:
     asked = chat(body(**TOOLS, toolConfig={"functionCallingConfig": calling}), ASKED)
     assert (asked.choice, [tool.name for tool in asked.tools]) == (wanted, names)
-    described = {"type": "object", "properties": {"city": {"type": "string"}}}
+    described = {"type": "object", "properties": {"city": {"type": "string"}}, "additionalProperties": False}
     assert [tool.parameters for tool in asked.tools if tool.name == "weather"] == ([described] if "weather" in names else [])
 
 
@@ -185,7 +185,16 @@ def test_a_json_answer_is_a_constraint(config: Any, kind: str, source: Any) -> N
         ),
         (
             {"type": "OBJECT", "properties": {"min_items": {"type": "NUMBER"}}, "required": ["min_items"], "example": {}},
-            {"type": "object", "properties": {"min_items": {"type": "number"}}, "required": ["min_items"]},
+            {
+                "type": "object",
+                "properties": {"min_items": {"type": "number"}},
+                "additionalProperties": False,
+                "required": ["min_items"],
+            },
+        ),
+        (
+            {"type": "OBJECT", "additional_properties": {"type": "STRING"}},
+            {"type": "object", "additionalProperties": {"type": "string"}},
         ),
         ({"any_of": [{"type": "BOOLEAN"}, {"type": "NULL"}]}, {"anyOf": [{"type": "boolean"}, {"type": "null"}]}),
     ],
