@@ -40,9 +40,10 @@ def passes(group: str, environment: dict[str, str]) -> bool:
     """Run the tests of `group` and say whether all passed."""
     begin = time.monotonic()
     python = ENVIRONMENTS / group / "bin" / "python"
-    pytest = [python, "-m", "pytest", CLIENTS / group, f"--config-file={CLIENTS / 'pytest.ini'}", f"--rootdir={ROOT}"]
+    ini = CLIENTS / "pytest.ini"
+    options = [f"--config-file={ini}", f"--rootdir={ROOT}", f"--confcutdir={CLIENTS}"]
     print(f"{group}:", flush=True)
-    code = subprocess.run([*pytest, f"--confcutdir={CLIENTS}"], cwd=ROOT, env=environment).returncode
+    code = subprocess.run([python, "-m", "pytest", CLIENTS / group, *options], cwd=ROOT, env=environment).returncode
     print(f"{group}: exit code {code} after {time.monotonic() - begin:.0f} s", flush=True)
     return code == 0
 

@@ -15,8 +15,8 @@ CONSTRAINED = [Mode.TOOLS, Mode.TOOLS_STRICT, Mode.JSON_SCHEMA]
 """In which the server is given the schema; in JSON mode it is a part of the prompt and nothing else."""
 
 
-class City(BaseModel):
-    """A city."""
+class City(BaseModel, extra="forbid"):
+    """A city and nothing else: the model would think of more."""
 
     name: str = Field(max_length=40)
     continent: Literal["Africa", "America", "Asia", "Europe"]

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, SecretStr
 FRANCE = "Complete the sentence: The capital of France is"
 
 
-@tool
+@tool  # type: ignore[untyped-decorator]
 def get_weather(city: str, unit: Literal["celsius", "fahrenheit"]) -> str:
     """The weather of a city now."""
     return f"21 {unit} in {city}"
@@ -59,12 +59,12 @@ async def test_a_batch_is_answered_in_its_order(chat: ChatOpenAI) -> None:
 def test_a_bound_tool_is_called_and_its_result_answered(chat: ChatOpenAI) -> None:
     question = HumanMessage("What is the weather in Paris, in celsius?")
     asked = chat.bind_tools([get_weather], tool_choice="required", parallel_tool_calls=False, strict=True).invoke([question])
-    (call,) = asked.tool_calls  # type: ignore[attr-defined]
+    (call,) = asked.tool_calls
     assert call["name"] == "get_weather"
     result = get_weather.invoke(call)
     assert isinstance(result, ToolMessage)
     answer = chat.bind_tools([get_weather]).invoke([question, asked, result])
-    assert answer.text or answer.tool_calls  # type: ignore[attr-defined]
+    assert answer.text or answer.tool_calls
 
 
 def test_a_streamed_call_adds_up(chat: ChatOpenAI) -> None:

@@ -9,9 +9,10 @@ from pydantic import BaseModel, Field
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # read on import, which would fetch a list of prices otherwise
 
-import litellm  # noqa: E402
+import litellm
 
 FRANCE = [{"role": "user", "content": "Complete the sentence: The capital of France is"}]
+REQUIRED = {"tool_choice": "required", "parallel_tool_calls": False, "temperature": 0, "max_tokens": 100}
 WEATHER = [{"role": "user", "content": "What is the weather in Paris?"}]
 TOOL = {
     "type": "function",
@@ -63,9 +64,7 @@ async def test_an_asynchronous_completion_is_answered(there: dict[str, Any]) -> 
 
 
 def test_a_tool_is_called_and_its_result_answered(there: dict[str, Any]) -> None:
-    asked = litellm.completion(
-        **there, messages=WEATHER, tools=[TOOL], tool_choice="required", temperature=0, max_tokens=100
-    ).choices[0]
+    asked = litellm.completion(**there, messages=WEATHER, tools=[TOOL], **REQUIRED).choices[0]
     assert asked.finish_reason == "tool_calls"
     for call in asked.message.tool_calls:
         assert call.function.name == "get_weather"
@@ -79,11 +78,7 @@ def test_a_tool_is_called_and_its_result_answered(there: dict[str, Any]) -> None
 
 
 def test_a_streamed_call_adds_up(there: dict[str, Any]) -> None:
-    chunks = list(
-        litellm.completion(
-            **there, messages=WEATHER, tools=[TOOL], tool_choice="required", temperature=0, max_tokens=100, stream=True
-        )
-    )
+    chunks = list(litellm.completion(**there, messages=WEATHER, tools=[TOOL], **REQUIRED, stream=True))
     calls = litellm.stream_chunk_builder(chunks).choices[0].message.tool_calls
     assert calls
     for call in calls:

@@ -44,11 +44,9 @@ def llm(environment: dict[str, str], *arguments: str) -> str:
 
 @pytest.mark.parametrize("name", ["shed", "shed-responses"])
 def test_a_prompt_is_answered_at_once_and_word_by_word(environment: dict[str, str], name: str) -> None:
-    tokens = "max_output_tokens" if name == "shed-responses" else "max_tokens"
-    greedy = ["-o", "temperature", "0", "-o", tokens, "60"]
-    whole = llm(environment, "-m", name, *greedy, "--no-stream", FRANCE)
+    whole = llm(environment, "-m", name, *GREEDY, "--no-stream", FRANCE)
     assert "Paris" in whole
-    assert llm(environment, "-m", name, *greedy, FRANCE) == whole
+    assert llm(environment, "-m", name, *GREEDY, FRANCE) == whole
 
 
 def test_the_answer_comes_while_it_is_made(environment: dict[str, str]) -> None:
@@ -83,14 +81,15 @@ def test_a_schema_is_kept_to(environment: dict[str, str], name: str) -> None:
         "required": ["name", "capital"],
         "additionalProperties": False,
     }
-    answer = json.loads(llm(environment, "-m", name, "-o", "temperature", "0", "--schema", json.dumps(schema), "Describe Paris."))
+    answer = json.loads(
+        llm(environment, "-m", name, "-o", "temperature", "0", "--schema", json.dumps(schema), "Describe Paris.")
+    )
     assert isinstance(answer["name"], str)
     assert isinstance(answer["capital"], bool)
 
 
 @pytest.mark.parametrize("name", ["shed", "shed-responses"])
 def test_tools_are_offered(environment: dict[str, str], name: str) -> None:
-    tokens = "max_output_tokens" if name == "shed-responses" else "max_tokens"
-    llm(environment, "-m", name, "-o", tokens, "40", "-o", "temperature", "0", "-T", "llm_version", "Which version are you?")
+    llm(environment, "-m", name, *GREEDY, "-T", "llm_version", "Which version are you?")
     (logged,) = json.loads(llm(environment, "logs", "list", "--json", "-n", "1"))
     assert [tool["name"] for tool in logged["tools"]] == ["llm_version"]

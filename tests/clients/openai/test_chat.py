@@ -66,7 +66,9 @@ def test_a_chat_whole_and_streamed_is_the_same(client: openai.OpenAI, model: str
             stream_options={"include_usage": True},
         )
     )
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole.choices[0].message.content
+    assert (
+        "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole.choices[0].message.content
+    )
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
@@ -106,15 +108,20 @@ def test_logprobs_name_the_likeliest_tokens(client: openai.OpenAI, model: str) -
 
 def test_required_and_named_tools_are_called(client: openai.OpenAI, model: str) -> None:
     answer = client.chat.completions.create(
-        model=model, messages=WEATHER, tools=[TOOL], tool_choice="required", temperature=0, max_tokens=100
+        model=model,
+        messages=WEATHER,
+        tools=[TOOL],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=0,
+        max_tokens=100,
     )
     assert answer.choices[0].finish_reason == "tool_calls"
-    assert answer.choices[0].message.tool_calls
-    for call in answer.choices[0].message.tool_calls:
-        assert call.type == "function"
-        assert call.function.name == "get_weather"
-        assert is_weather(call.function.arguments)
-        assert call.id
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "get_weather"
+    assert is_weather(call.function.arguments)
+    assert call.id
     named = client.chat.completions.create(
         model=model, messages=WEATHER, tools=[TOOL, CLOCK], tool_choice=NAMED, temperature=0, max_tokens=100
     )
@@ -125,7 +132,9 @@ def test_required_and_named_tools_are_called(client: openai.OpenAI, model: str) 
 
 
 def test_with_auto_the_model_calls_or_answers(client: openai.OpenAI, model: str) -> None:
-    message = client.chat.completions.create(model=model, messages=WEATHER, tools=[TOOL], temperature=0, max_tokens=60).choices[0]
+    message = client.chat.completions.create(model=model, messages=WEATHER, tools=[TOOL], temperature=0, max_tokens=60).choices[
+        0
+    ]
     if message.message.tool_calls:
         assert message.finish_reason == "tool_calls"
     else:
@@ -174,7 +183,13 @@ def test_a_streamed_call_adds_up_to_the_whole_one(client: openai.OpenAI, model: 
 
 def test_a_tools_result_is_answered(client: openai.OpenAI, model: str) -> None:
     asked = client.chat.completions.create(
-        model=model, messages=WEATHER, tools=[TOOL], tool_choice="required", temperature=0, max_tokens=100
+        model=model,
+        messages=WEATHER,
+        tools=[TOOL],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=0,
+        max_tokens=100,
     )
     messages: list[ChatCompletionMessageParam] = [*WEATHER, asked.choices[0].message.to_dict()]  # type: ignore[list-item]
     for call in asked.choices[0].message.tool_calls or []:

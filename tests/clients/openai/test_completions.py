@@ -31,8 +31,9 @@ def test_a_prompt_is_echoed_and_scored(client: openai.OpenAI, model: str) -> Non
     assert told.tokens is not None
     assert "".join(told.tokens) == PROMPT
     assert told.token_logprobs is not None
-    assert told.token_logprobs[0] is None, "nothing stands before the first token"
-    assert all(logprob is not None and logprob <= 0 for logprob in told.token_logprobs[1:])
+    first, *others = list[float | None](told.token_logprobs)
+    assert first is None, "nothing stands before the first token"
+    assert all(logprob is not None and logprob <= 0 for logprob in others)
     assert told.top_logprobs is not None
     assert all(2 <= len(tops) <= 3 for tops in told.top_logprobs[1:] if tops is not None), "two, and the prompt's own"
 
