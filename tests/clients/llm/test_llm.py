@@ -81,9 +81,7 @@ def test_a_schema_is_kept_to(environment: dict[str, str], name: str) -> None:
         "required": ["name", "capital"],
         "additionalProperties": False,
     }
-    answer = json.loads(
-        llm(environment, "-m", name, "-o", "temperature", "0", "--schema", json.dumps(schema), "Describe Paris.")
-    )
+    answer = json.loads(llm(environment, "-m", name, *GREEDY, "--schema", json.dumps(schema), "Describe Paris."))
     assert isinstance(answer["name"], str)
     assert isinstance(answer["capital"], bool)
 

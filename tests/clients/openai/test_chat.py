@@ -66,9 +66,8 @@ def test_a_chat_whole_and_streamed_is_the_same(client: openai.OpenAI, model: str
             stream_options={"include_usage": True},
         )
     )
-    assert (
-        "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole.choices[0].message.content
-    )
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(texts) == whole.choices[0].message.content
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
@@ -132,14 +131,13 @@ def test_required_and_named_tools_are_called(client: openai.OpenAI, model: str) 
 
 
 def test_with_auto_the_model_calls_or_answers(client: openai.OpenAI, model: str) -> None:
-    message = client.chat.completions.create(model=model, messages=WEATHER, tools=[TOOL], temperature=0, max_tokens=60).choices[
-        0
-    ]
-    if message.message.tool_calls:
-        assert message.finish_reason == "tool_calls"
+    auto = client.chat.completions.create(model=model, messages=WEATHER, tools=[TOOL], temperature=0, max_tokens=60)
+    choice = auto.choices[0]
+    if choice.message.tool_calls:
+        assert choice.finish_reason == "tool_calls"
     else:
-        assert message.message.content
-        assert message.finish_reason in ("stop", "length")
+        assert choice.message.content
+        assert choice.finish_reason in ("stop", "length")
     none = client.chat.completions.create(
         model=model, messages=WEATHER, tools=[TOOL], tool_choice="none", temperature=0, max_tokens=20
     )
