@@ -48,11 +48,15 @@ def test_an_answer_whole_and_streamed_is_the_same(chat: ChatOpenAI) -> None:
     assert "".join(chunk.text for chunk in chunks) == whole.text
 
 
-async def test_a_batch_is_answered_in_its_order(chat: ChatOpenAI) -> None:
+def test_a_batch_is_answered_in_its_order(chat: ChatOpenAI) -> None:
     prompts = [FRANCE, "Complete the sentence: One, two, three,"]
     both = chat.batch(prompts)
     assert "Paris" in both[0].text
     assert both[1].text
+
+
+async def test_the_asynchronous_client_streams(url: str, key: str, model: str) -> None:
+    chat = ChatOpenAI(base_url=f"{url}/v1", api_key=SecretStr(key), model=model, temperature=0, max_completion_tokens=20)
     assert "Paris" in "".join([chunk.text async for chunk in chat.astream(FRANCE)])
 
 

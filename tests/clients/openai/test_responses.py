@@ -53,7 +53,7 @@ def test_instructions_and_a_conversation_are_read(client: openai.OpenAI, model: 
     assert answer.usage is not None
     plain = client.responses.create(model=model, input="What is my name?", temperature=0, max_output_tokens=1)
     assert plain.usage is not None
-    assert answer.usage.input_tokens > plain.usage.input_tokens + 10
+    assert answer.usage.input_tokens > plain.usage.input_tokens
 
 
 def test_a_stream_of_events_adds_up_to_the_response(client: openai.OpenAI, model: str) -> None:
