@@ -20,7 +20,8 @@ _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "m
 def json_schema(schema: Any, *, of: str, depth: int = 0) -> dict[str, Any]:
     """`schema`, which the body's field `of` holds, as a JSON schema. Raises ApiError 400.
 
-    An object has no properties but those that are named. Names may be in camelCase or in snake_case. What has no meaning for an answer's form (`example`, `default`) is left out.
+    An object has no properties but those that are named. Names may be in camelCase or in snake_case. What has no meaning for an
+    answer's form (`example`, `default`) is left out.
     """
     if not isinstance(schema, dict):
         raise _wrong(of, "expected an object")
