@@ -99,8 +99,8 @@ VECTOR_BYTES = 64 * MIB
 """That the embeddings may take which requests wait for that are not done; one request alone may have as many as it wants."""
 _SCORES = 3
 """Copies of a layer's scores that there are at the same time: as products, under the mask, as probabilities."""
-_WIDEST = 4
-"""Activations of the widest kind that there are at the same time."""
+_WIDEST = 8
+"""Activations of the widest kind that there are at the same time; int8 products have theirs twice over."""
 _MESSAGES = 32 * MIB
 """Texts that wait, as lists of tokens, and the answer that is being sent."""
 

@@ -40,7 +40,7 @@ _LEXER_STATES = 64_000
 _COMPILERS = 2
 _MASKERS = 2
 _STACK = 64 << 20
-"""Bytes of stack of the threads that compile, by recursion: eight times what constraints are checked with (`server.compiling`).
+"""Bytes of stack of the threads that compile, by recursion: far more than constraints are tried out on (`server.compiling`).
 What is not used takes no memory."""
 
 _JSON: "JsonCompileOptions" = {

@@ -171,6 +171,8 @@ def start(folder: Path, manifest: Bundle, variant: Variant, *, slots: int, conte
     """
     if variant.target != "cpu":
         raise EngineError(f"variant {variant.name!r} is for {variant.target}; this engine runs variants for the cpu")
+    if manifest.task != "text-generation":
+        raise EngineError(f"bundle {manifest.name!r} is for {manifest.task}; this engine generates text")
     if context is not None and context > manifest.max_length:
         raise EngineError(f"model {manifest.name!r} was made for {manifest.max_length} positions; --context {context} is more")
     length = manifest.max_length if context is None else context

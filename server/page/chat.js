@@ -44,7 +44,7 @@ export class Chat {
     this.stop();
     const before = this.#turns;
     this.#replace([]);
-    tell("New chat", { label: "Bring the old one back", act: () => this.#replace(before) });
+    tell("New chat", { label: "Bring the old one back", act: () => this.#replace([...before, ...this.#turns]) });
     this.#draft.focus();
   }
 
@@ -180,9 +180,9 @@ export class Chat {
       copy: () => copy(turn.answer.text, turn.role === "user" ? "The message" : "The answer"),
       regenerate: () => !this.#running && this.#answer(this.#turns.slice(0, place())),
       delete: () => {
-        const before = this.#turns;
-        this.#replace(before.filter((each) => each !== turn));
-        tell("Turn deleted", { label: "Undo", act: () => this.#replace(before) });
+        const at = place();
+        this.#replace(this.#turns.filter((each) => each !== turn));
+        tell("Turn deleted", { label: "Undo", act: () => this.#replace(this.#turns.toSpliced(at, 0, turn)) });
       },
     };
   }

@@ -11,7 +11,7 @@ const GROUPS = [
   ["Generate", (path) => /^\/v1\/(?!models)/.test(path)],
   ["Models", (path) => path.startsWith("/v1/models")],
   ["Operate", (path) => path.startsWith("/admin") || ["/healthz", "/readyz", "/metrics"].includes(path)],
-  ["This page", () => true],
+  ["Pages", () => true],
 ];
 const METHODS = ["get", "post", "put", "patch", "delete"];
 /** What an example says besides what it must. */

@@ -6,7 +6,7 @@ const STORED = "engineshed.key";
 
 class Key extends EventTarget {
   #value = sessionStorage.getItem(STORED) ?? "";
-  /** Whether the server has refused a request for want of a known key since one was given. */
+  /** Whether the server has refused a request for want of a known key since this one was given: asking by itself is no use. */
   refused = false;
 
   /** The key, or an empty string. */
@@ -24,7 +24,6 @@ class Key extends EventTarget {
 
   /** The server said no, and why. */
   refuse(message) {
-    if (this.refused) return;
     this.refused = true;
     this.dispatchEvent(new CustomEvent("refused", { detail: message }));
   }
@@ -41,8 +40,9 @@ export function connectKey() {
 
   const show = (message) => {
     reason.textContent = message;
+    if (dialog.open) return;
     field.value = key.value;
-    if (!dialog.open) dialog.showModal();
+    dialog.showModal();
     field.focus();
   };
   const mark = () => button.classList.toggle("set", Boolean(key.value));

@@ -119,7 +119,7 @@ function figures({ role, state, answer, since, loading }) {
     return [[loading ? `the model is being loaded · ${seconds} s` : `waiting for the first token · ${seconds} s`, ""]];
   }
   const { usage, toFirst, finish, tokens } = answer;
-  if (toFirst === null) return [];
+  if (toFirst === null) return state === "stopped" ? [["stopped before the first token", ""]] : [];
   const count = usage?.completion_tokens ?? tokens.length;
   const found = [[`${count} ${count === 1 ? "token" : "tokens"}`, "Tokens of the answer"]];
   const rate = speed(answer);

@@ -236,6 +236,7 @@ def test_what_looks_like_markup_is_text(visit: Visit) -> None:
     assert f"{visit.url}/nowhere" not in visit.asked
     refused = visit.page.evaluate("() => { try { document.body.innerHTML = 'x'; } catch (error) { return error.name; } }")
     assert refused == "TypeError", "the browser keeps every script from making markup of text"
+    assert "TrustedHTML" in visit.errors.pop()
 
 
 def test_code_is_set_apart_and_may_be_long(visit: Visit) -> None:
