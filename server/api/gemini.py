@@ -84,7 +84,15 @@ async def model(request: web.Request) -> web.Response:
 def _model(service: Service, model: fleet.Offer) -> GeminiModel:
     served = service.roster.loaded(model.name)
     context = model.context if served is None else served.context
-    return GeminiModel(f"models/{model.name}", model.name, "1", model.name, context, context, list(METHODS))
+    return GeminiModel(
+        f"models/{model.name}",
+        model.name,
+        "1",
+        model.name,
+        context,
+        context,
+        list(METHODS) if model.task == "text-generation" else [],
+    )
 
 
 def chat(body: GenerateContentBody, asked: Asked) -> Chat:

@@ -159,6 +159,6 @@ async def test_a_call_and_its_result_go_back_through_the_template(house: House, 
 @pytest.mark.parametrize("depth", [800, 900, 950, 980, 10_000])
 async def test_what_is_nested_too_deeply_is_refused(house: House, depth: int) -> None:
     nested = '{"a":' * depth + "1" + "}" * depth
-    body = f'{{"contents":[{{"role":"model","parts":[{{"functionCall":{{"name":"f","args":{nested}}}}}]}}]}}'
+    body = '{"contents":[{"role":"model","parts":[{"functionCall":{"name":"f","args":' + nested + "}}]}]}"
     async with house.http.post("/v1beta/models/tiny:generateContent", data=body) as response:
         assert response.status == 400, await response.text()
