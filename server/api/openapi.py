@@ -103,7 +103,7 @@ _MODEL_NAME: Schema = {
     "description": "The model's id.",
     "schema": {"type": "string", "minLength": 1},
 }
-_MODEL_ID: Schema = {**_MODEL_NAME, "name": "id"}
+_MODEL_ID: Schema = {**_MODEL_NAME, "name": "model"}
 _GEMINI_MODEL: Schema = {**_MODEL_NAME, "name": "model", "schema": {"type": "string", "pattern": "^[^:]+$"}}
 _ALT: Schema = {
     "name": "alt",
@@ -233,7 +233,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "detokenize", "Tell the text of tokens.", {JSON: Detokenized}, body=DetokenizeBody, errors=_LOADING
     ),
     ("GET", "/v1/models"): Operation("models", "List the models.", {JSON: ModelList}),
-    ("GET", "/v1/models/{id}"): Operation("model", "Describe a model.", {JSON: Model}, parameters=(_MODEL_ID,), errors=(404,)),
+    ("GET", "/v1/models/{model}"): Operation(
+        "model", "Describe a model.", {JSON: Model}, parameters=(_MODEL_ID,), errors=(404,)
+    ),
     ("GET", "/healthz"): Operation("health", "Say that the HTTP process lives.", {JSON: Status}),
     ("GET", "/readyz"): Operation("readiness", "Say whether requests are taken.", {JSON: Status}, errors=(503,)),
     ("GET", METRICS): Operation(
