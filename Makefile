@@ -19,7 +19,12 @@ PEERS := bench/.peers
 PEER_TARGETS := $(PEERS)/genai/.installed $(PEERS)/openvino/.installed $(PEERS)/transformers/.installed \
 	$(PEERS)/llama/.installed $(PEERS)/llama-server/llama-server
 
-.PHONY: help serve export test check unit e2e soak page sweep bench bench-peers bench-served microbench test-gpu bench-gpu clean
+# Clients that the server is tested with, each in a virtual environment of its own.
+CLIENTS := openai anthropic google-genai litellm langchain-openai instructor llm aiperf
+CLIENT_VENVS := .venv-clients
+
+.PHONY: help serve export test check unit e2e test-clients $(CLIENTS:%=test-clients-%) soak page sweep
+.PHONY: bench bench-peers bench-served microbench test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -28,6 +33,8 @@ help:  ## show this
 	@echo "make test    set up, lint, types, and every test on the real model"
 	@echo "make check   lint and types          make unit   with tiny models         make e2e   the real model and server"
 	@echo "make page    the page at / in a real Chromium, over the real model and server"
+	@echo "make test-clients      clients that people use, each installed apart, against the real server"
+	@echo "make test-clients-NAME one of: $(CLIENTS)"
 	@echo "make soak    [SOAK=1800] seconds of requests, hang-ups, errors and deaths over the default model: memory stays flat, nothing hangs"
 	@echo "make bench   latency and throughput of the default model's engines, beside the peers that are installed"
 	@echo "make bench-served  the server over HTTP, beside llama.cpp's"
@@ -51,7 +58,7 @@ serve: $(INSTALLED)  ## the default model, over HTTP
 export: $(INSTALLED)
 	$(BIN)/engineshed export $(EXPORT_FLAGS) $(MODEL)
 
-test: check unit e2e page
+test: check unit e2e page test-clients
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -76,6 +83,19 @@ page: $(INSTALLED)
 		|| { echo "make page needs Chromium: install it (Debian: apt-get install chromium), or set CHROMIUM= to its path" >&2; exit 1; }
 	$(BIN)/engineshed export --if-missing --recipe tests/data/e2e.toml
 	$(BIN)/pytest tests/page
+test-clients: $(INSTALLED) $(CLIENTS:%=$(CLIENT_VENVS)/%/.installed)
+	@$(BIN)/engineshed export --if-missing
+	$(BIN)/python -m tests.clients.run $(CLIENTS)
+
+$(CLIENTS:%=test-clients-%): test-clients-%: $(INSTALLED) $(CLIENT_VENVS)/%/.installed
+	@$(BIN)/engineshed export --if-missing
+	$(BIN)/python -m tests.clients.run $*
+
+# Without pip, which is another ten seconds for all of them, and compiled only where it is imported.
+$(CLIENT_VENVS)/%/.installed: tests/clients/%/requirements.txt | $(INSTALLED)
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet --no-compile --requirement $<
+	touch $@
 
 sweep: $(INSTALLED)
 	$(BIN)/python -m tests.sweep
@@ -156,5 +176,5 @@ $(PEERS)/llama-server/llama-server: bench/peers/llama.txt | $(INSTALLED)
 	cp $(@D)/build/bin/llama-server $@
 
 clean:
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(CLIENT_VENVS) .cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 	find engines -mindepth 1 -maxdepth 1 -type d -exec rm -rf {} +

@@ -1,5 +1,6 @@
 """Who may ask: the API key that a request bears, and what it opens."""
 
+import re
 import socket
 from dataclasses import dataclass
 
@@ -12,8 +13,7 @@ from server.page.site import PATHS
 OPEN = ("/healthz", "/readyz", *PATHS)
 """Routes that need no key: they say nothing but whether the server works, or are the page, which is the same everywhere."""
 METRICS = "/metrics"
-GEMINI = "/v1beta/"
-"""Where Google's API begins, whose clients may put their key into the address."""
+_GEMINI = re.compile(r"/v1beta/|/v1/models/[^:]+:[A-Za-z]+$")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,17 @@ def _presented(request: web.Request) -> str | None:
     if scheme.lower() == "bearer":
         return bearer.strip()
     key = request.headers.get("x-api-key", request.headers.get("x-goog-api-key"))
-    return request.query.get("key") if key is None and request.path.startswith(GEMINI) else key
+    return request.query.get("key") if key is None and in_gemini(request.path) else key
+
+
+def in_gemini(path: str) -> bool:
+    """Whether `path` is of Google's API, whose clients may put their key into the address."""
+    return _GEMINI.match(path) is not None
+
+
+def of_gemini(request: web.Request) -> bool:
+    """Whether a client of Google's API asks; `/v1/models`, which OpenAI's and Google's have in common, does not tell."""
+    return in_gemini(request.path) or (request.path.startswith("/v1/models") and "x-goog-api-client" in request.headers)
 
 
 def _over_unix_socket(request: web.Request) -> bool:

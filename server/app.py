@@ -57,13 +57,15 @@ def build(service: Service, access: Access | None = None) -> web.Application:
             web.post("/v1/messages/count_tokens", messages.count_tokens),
             web.get("/v1beta/models", gemini.models),
             web.get("/v1beta/models/{model:[^:]+}", gemini.model),
-            web.post("/v1beta/models/{model:[^:]+}:generateContent", gemini.generate_content),
-            web.post("/v1beta/models/{model:[^:]+}:streamGenerateContent", gemini.stream_generate_content),
-            web.post("/v1beta/models/{model:[^:]+}:countTokens", gemini.count_tokens),
+            *(
+                web.post(f"/{version}/models/{{model:[^:]+}}:{method}", handler)
+                for version in gemini.VERSIONS
+                for method, handler in gemini.METHODS.items()
+            ),
             web.post("/tokenize", tokenizing.tokenizing),
             web.post("/detokenize", tokenizing.detokenizing),
             web.get("/v1/models", models.models),
-            web.get("/v1/models/{id:.+}", models.model),
+            web.get("/v1/models/{model:.+}", models.model),
             web.get("/healthz", health),
             web.get("/readyz", readiness),
             web.get("/metrics", metrics),

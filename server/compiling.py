@@ -34,8 +34,8 @@ WALL_SECONDS = 2.5 * CPU_SECONDS
 """The same for a machine that has much else to do."""
 MEMORY = 256 << 20
 """Bytes that one may take."""
-STACK = 8 << 20
-"""Bytes of the stack that it is compiled on."""
+STACK = 4 << 20
+"""Bytes of the stack that it is compiled on; a worker has twice that where it has least."""
 AT_ONCE = 2
 """Constraints that are compiled beside one another."""
 STEPS = 32

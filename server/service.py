@@ -60,7 +60,8 @@ class Service:
         """The model of a request that names none: the first that is for `task`. Raises ApiError."""
         first = next((model for model in self.roster.models if model.task == task), None)
         if first is None:
-            raise unavailable(f"No model for {task} can be served: there is no bundle. Build one with: engineshed export")
+            what, option = ("No model", "") if task == "text-generation" else ("No model for embeddings", f" --task {task}")
+            raise unavailable(f"{what} can be served: there is no bundle. Build one with: engineshed export{option}")
         return first.name
 
     def model(self, name: str) -> Offer:

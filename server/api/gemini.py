@@ -81,13 +81,18 @@ async def model(request: web.Request) -> web.Response:
     return json(_model(service, service.model(request.match_info["model"])))
 
 
-_METHODS = ["generateContent", "streamGenerateContent", "countTokens"]
-
-
 def _model(service: Service, model: fleet.Offer) -> GeminiModel:
     served = service.roster.loaded(model.name)
     context = model.context if served is None else served.context
-    return GeminiModel(f"models/{model.name}", model.name, "1", model.name, context, context, _METHODS)
+    return GeminiModel(
+        f"models/{model.name}",
+        model.name,
+        "1",
+        model.name,
+        context,
+        context,
+        list(METHODS) if model.task == "text-generation" else [],
+    )
 
 
 def chat(body: GenerateContentBody, asked: Asked) -> Chat:
@@ -319,3 +324,13 @@ class Array:
     def _element(self, element: bytes) -> bytes:
         separator, self._separator = self._separator, b",\n"
         return separator + element
+
+
+VERSIONS = ("v1beta", "v1")
+"""Of Google's API, with the same bodies and answers; the models of v1 are told by OpenAI's route."""
+METHODS = {
+    "generateContent": generate_content,
+    "streamGenerateContent": stream_generate_content,
+    "countTokens": count_tokens,
+}
+"""What is done with a model."""

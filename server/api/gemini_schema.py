@@ -20,7 +20,8 @@ _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "m
 def json_schema(schema: Any, *, of: str, depth: int = 0) -> dict[str, Any]:
     """`schema`, which the body's field `of` holds, as a JSON schema. Raises ApiError 400.
 
-    Names may be in camelCase or in snake_case. What has no meaning for an answer's form (`example`, `default`) is left out.
+    An object has no properties but those that are named. Names may be in camelCase or in snake_case. What has no meaning for an
+    answer's form (`example`, `default`) is left out.
     """
     if not isinstance(schema, dict):
         raise _wrong(of, "expected an object")
@@ -49,6 +50,8 @@ def json_schema(schema: Any, *, of: str, depth: int = 0) -> dict[str, Any]:
             made[name] = {key: inner(f"{name}.{key}", each) for key, each in named.items()}
     if (others := given.get("additionalProperties")) is not None:
         made["additionalProperties"] = others if isinstance(others, bool) else inner("additionalProperties", others)
+    elif "properties" in made:
+        made["additionalProperties"] = False  # Google's answers have the properties that are named and no others.
     if (order := given.get("propertyOrdering")) is not None and "properties" in made:
         _order(made, _kind(order, list, f"{of}.propertyOrdering", "a list"))
     return _nullable(made) if given.get("nullable") is True else made

@@ -1,6 +1,7 @@
 """Anthropic's messages: `POST /v1/messages` and `POST /v1/messages/count_tokens`."""
 
 import secrets
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -85,7 +86,7 @@ async def count_tokens(request: web.Request) -> web.Response:
 def chat(body: Conversation, asked: Asked) -> Chat:
     """The conversation, to be answered as `asked`."""
     system = body.system if isinstance(body.system, str) else "\n".join(block.text for block in body.system or ())
-    turns = [turn for message in body.messages for turn in _turns(message)]
+    turns = _combined(turn for message in body.messages for turn in _turns(message))
     choice: Any = "auto"
     match body.tool_choice:
         case NoChoice():
@@ -128,6 +129,25 @@ def _turns(message: MessagesTurn) -> list[dict[str, Any]]:
     if texts or calls or not turns:
         turns.append({"role": message.role, "content": texts or "", **({"tool_calls": calls} if calls else {})})
     return turns
+
+
+def _combined(turns: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns, those of one speaker that follow one another as one; many chat templates take turns in turns only."""
+    combined: list[dict[str, Any]] = []
+    for turn in turns:
+        last = combined[-1] if combined else {}
+        if turn["role"] in ("user", "assistant") and turn["role"] == last.get("role") and "tool_calls" not in last:
+            combined[-1] = turn | {"content": [*_parts(last), *_parts(turn)]}
+        else:
+            combined.append(turn)
+    return combined
+
+
+def _parts(turn: dict[str, Any]) -> list[dict[str, str]]:
+    content = turn["content"]
+    if not isinstance(content, str):
+        return list(content)
+    return [{"type": "text", "text": content}] if content else []
 
 
 class _Message:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import msgspec
 from aiohttp import web
 
-from server.access import GEMINI, METRICS, OPEN
-from server.api import field_docs, messages_answers, responses_answers
+from server.access import METRICS, OPEN, in_gemini
+from server.api import field_docs, gemini, messages_answers, responses_answers
 from server.api.admin import ModelStatus, ServerStatus
 from server.api.answers import ChatChunk, ChatCompletion, Completion, Model, ModelList
 from server.api.bodies import MAX_BODY, GenerateBody
@@ -103,7 +103,7 @@ _MODEL_NAME: Schema = {
     "description": "The model's id.",
     "schema": {"type": "string", "minLength": 1},
 }
-_MODEL_ID: Schema = {**_MODEL_NAME, "name": "id"}
+_MODEL_ID: Schema = {**_MODEL_NAME, "name": "model"}
 _GEMINI_MODEL: Schema = {**_MODEL_NAME, "name": "model", "schema": {"type": "string", "pattern": "^[^:]+$"}}
 _ALT: Schema = {
     "name": "alt",
@@ -111,6 +111,40 @@ _ALT: Schema = {
     "description": "How the stream is written: as an array or as server-sent events.",
     "schema": {"enum": ["json", "sse"], "default": "json"},
 }
+
+_GEMINI_PIECES = (GenerateContentAnswer, GeminiError)
+_GEMINI_METHODS: tuple[
+    tuple[str, str, Mapping[str, type[msgspec.Struct] | Stream], type[msgspec.Struct], tuple[Schema, ...], tuple[int, ...]], ...
+] = (
+    (
+        "generateContent",
+        "Answer a conversation whole.",
+        {JSON: GenerateContentAnswer},
+        GenerateContentBody,
+        (_GEMINI_MODEL,),
+        _GENERATING,
+    ),
+    (
+        "streamGenerateContent",
+        "Answer a conversation as a stream: one JSON array, or server-sent events.",
+        {
+            JSON: Stream("An array, whose elements come as they are made.", _GEMINI_PIECES),
+            SSE: Stream("Server-sent events, the data of each JSON.", _GEMINI_PIECES),
+        },
+        GenerateContentBody,
+        (_GEMINI_MODEL, _ALT),
+        _GENERATING,
+    ),
+    (
+        "countTokens",
+        "Count a conversation's tokens.",
+        {JSON: CountTokensAnswer},
+        CountTokensBody,
+        (_GEMINI_MODEL,),
+        _LOADING,
+    ),
+)
+"""What is done with a model by Google's API."""
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/chat/completions"): Operation(
@@ -179,36 +213,19 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         errors=(404,),
         error=GeminiError,
     ),
-    ("POST", "/v1beta/models/{model}:generateContent"): Operation(
-        "generate_content",
-        "Answer a conversation whole.",
-        {JSON: GenerateContentAnswer},
-        body=GenerateContentBody,
-        parameters=(_GEMINI_MODEL,),
-        errors=_GENERATING,
-        error=GeminiError,
-    ),
-    ("POST", "/v1beta/models/{model}:streamGenerateContent"): Operation(
-        "stream_generate_content",
-        "Answer a conversation as a stream: one JSON array, or server-sent events.",
-        {
-            JSON: Stream("An array, whose elements come as they are made.", (GenerateContentAnswer, GeminiError)),
-            SSE: Stream("Server-sent events, the data of each JSON.", (GenerateContentAnswer, GeminiError)),
-        },
-        body=GenerateContentBody,
-        parameters=(_GEMINI_MODEL, _ALT),
-        errors=_GENERATING,
-        error=GeminiError,
-    ),
-    ("POST", "/v1beta/models/{model}:countTokens"): Operation(
-        "count_content_tokens",
-        "Count a conversation's tokens.",
-        {JSON: CountTokensAnswer},
-        body=CountTokensBody,
-        parameters=(_GEMINI_MODEL,),
-        errors=_LOADING,
-        error=GeminiError,
-    ),
+    **{
+        ("POST", f"/{version}/models/{{model}}:{method}"): Operation(
+            f"{version}_{method}",
+            summary,
+            answers,
+            body=body,
+            parameters=parameters,
+            errors=errors,
+            error=GeminiError,
+        )
+        for version in gemini.VERSIONS
+        for method, summary, answers, body, parameters, errors in _GEMINI_METHODS
+    },
     ("POST", "/tokenize"): Operation(
         "tokenize", "Tell the tokens of a prompt or a chat.", {JSON: Tokenized}, body=TokenizeBody, errors=_LOADING
     ),
@@ -216,7 +233,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "detokenize", "Tell the text of tokens.", {JSON: Detokenized}, body=DetokenizeBody, errors=_LOADING
     ),
     ("GET", "/v1/models"): Operation("models", "List the models.", {JSON: ModelList}),
-    ("GET", "/v1/models/{id}"): Operation("model", "Describe a model.", {JSON: Model}, parameters=(_MODEL_ID,), errors=(404,)),
+    ("GET", "/v1/models/{model}"): Operation(
+        "model", "Describe a model.", {JSON: Model}, parameters=(_MODEL_ID,), errors=(404,)
+    ),
     ("GET", "/healthz"): Operation("health", "Say that the HTTP process lives.", {JSON: Status}),
     ("GET", "/readyz"): Operation("readiness", "Say whether requests are taken.", {JSON: Status}, errors=(503,)),
     ("GET", METRICS): Operation(
@@ -322,7 +341,7 @@ def _operation(path: str, operation: Operation) -> Schema:
     statuses = set(operation.errors)
     described: Schema = {"operationId": operation.id, "summary": operation.summary}
     if path not in OPEN:
-        keys = [name for name in _KEYS if name != _IN_ADDRESS or path.startswith(GEMINI)]
+        keys = [name for name in _KEYS if name != _IN_ADDRESS or in_gemini(path)]
         described["security"] = [_NEEDLESS, *({name: []} for name in keys)]
         statuses.add(401)
     if operation.parameters:

@@ -1,12 +1,15 @@
 """vLLM's `POST /tokenize` and `POST /detokenize`: what a text is in tokens, and the other way round."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
 from msgspec import Meta
 
+from runtime.bundle import Task
 from runtime.messages import Sampling
 from runtime.text import Text
 from server.api.bodies import Refused, read
@@ -15,7 +18,7 @@ from server.api.openai_bodies import MAX_TOOLS, FunctionTool, Message
 from server.asked import Asked
 from server.conversation import Chat, tokenize
 from server.journal import ENTRY
-from server.served import LONG_TEXT
+from server.served import LONG_TEXT, Served
 from server.service import SERVICE
 from server.tools import Tool
 
@@ -83,8 +86,7 @@ class Detokenized(msgspec.Struct, frozen=True):
 async def tokenizing(request: web.Request) -> web.Response:
     """Tell a text's or a chat's tokens."""
     body = await read(request, TokenizeBody)
-    async with request.app[SERVICE].lease(request, body.model) as (served, _):
-        request[ENTRY].model = served.name
+    async with _lease(request, body.model) as served:
         if body.prompt is not None:
             tokens = await served.tokenize(body.prompt, special=body.add_special_tokens is not False)
         else:
@@ -96,10 +98,19 @@ async def tokenizing(request: web.Request) -> web.Response:
 async def detokenizing(request: web.Request) -> web.Response:
     """Tell the text of tokens, in which special ones are spelled out."""
     body = await read(request, DetokenizeBody)
-    async with request.app[SERVICE].lease(request, body.model) as (served, _):
-        request[ENTRY].model = served.name
+    async with _lease(request, body.model) as served:
         served.check_tokens(body.tokens, of="tokens")
         return json(Detokenized(await _apart(len(body.tokens), served.text.decode, body.tokens)))
+
+
+@asynccontextmanager
+async def _lease(request: web.Request, name: str | None) -> AsyncIterator[Served]:
+    """The model of that name, whatever it is for: all of them have tokens."""
+    service = request.app[SERVICE]
+    task: Task = "text-generation" if name is None else service.model(name).task
+    async with service.lease(request, name, task) as (served, _):
+        request[ENTRY].model = served.name
+        yield served
 
 
 def _chat(body: TokenizeBody) -> Chat:

@@ -8,7 +8,8 @@ import numpy.typing as npt
 import pytest
 
 from export.recipe import Build
-from runtime import bundle
+from runtime import bundle, ort
+from runtime.engine import EngineError
 from runtime.messages import Cancel, Embed, Embedded, Generate, Heartbeat, Progress, Refused, Reply
 from tests import embedders, tiny
 from tests.unit.test_worker import Front, worker
@@ -184,6 +185,11 @@ def test_a_damaged_bundle_ends_the_worker_with_a_sentence(bert_bundle: Path, add
         _, complaint = process.communicate(timeout=60)
     assert process.returncode == 2
     assert b"is not the file that was exported" in complaint
+
+
+def test_an_engine_for_text_refuses_the_bundle_in_words(bert_bundle: Path) -> None:
+    with pytest.raises(EngineError, match="is for feature-extraction; this engine generates text"):
+        ort.load(bert_bundle, slots=1, context=None)
 
 
 def test_the_manifest_says_what_the_model_is_for(bert_bundle: Path) -> None:

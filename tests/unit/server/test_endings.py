@@ -21,6 +21,8 @@ STREAMED = [
     ("/v1/chat/completions", {**CHAT, "stream": True}),
     ("/v1/completions", {"prompt": "hi", "stream": True}),
     ("/v1/generate", {"prompt": "hi"}),
+    ("/v1/responses", {"input": "hi", "stream": True}),
+    ("/v1/messages", {**CHAT, "model": "tiny", "max_tokens": 9, "stream": True}),
 ]
 
 

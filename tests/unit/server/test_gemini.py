@@ -143,7 +143,7 @@ def test_contents_are_the_turns_of_a_chat_and_results_find_their_calls() -> None
 def test_a_tool_config_says_which_functions_may_and_must_be_called(calling: Any, wanted: str, names: list[str]) -> None:
     asked = chat(body(**TOOLS, toolConfig={"functionCallingConfig": calling}), ASKED)
     assert (asked.choice, [tool.name for tool in asked.tools]) == (wanted, names)
-    described = {"type": "object", "properties": {"city": {"type": "string"}}}
+    described = {"type": "object", "properties": {"city": {"type": "string"}}, "additionalProperties": False}
     assert [tool.parameters for tool in asked.tools if tool.name == "weather"] == ([described] if "weather" in names else [])
 
 
@@ -185,7 +185,16 @@ def test_a_json_answer_is_a_constraint(config: Any, kind: str, source: Any) -> N
         ),
         (
             {"type": "OBJECT", "properties": {"min_items": {"type": "NUMBER"}}, "required": ["min_items"], "example": {}},
-            {"type": "object", "properties": {"min_items": {"type": "number"}}, "required": ["min_items"]},
+            {
+                "type": "object",
+                "properties": {"min_items": {"type": "number"}},
+                "additionalProperties": False,
+                "required": ["min_items"],
+            },
+        ),
+        (
+            {"type": "OBJECT", "additional_properties": {"type": "STRING"}},
+            {"type": "object", "additionalProperties": {"type": "string"}},
         ),
         ({"any_of": [{"type": "BOOLEAN"}, {"type": "NULL"}]}, {"anyOf": [{"type": "boolean"}, {"type": "null"}]}),
     ],
@@ -247,6 +256,15 @@ async def test_contents_are_answered_whole(house: House) -> None:
         },
         "modelVersion": "tiny",
     }
+
+
+async def test_the_other_version_answers_the_same(house: House) -> None:
+    asking = asyncio.ensure_future(house.http.post("/v1/models/tiny:generateContent", json=HI))
+    await house.worker.say(await house.worker.next(Generate), "Hello", "stop")
+    (candidate,) = (await (await asking).json())["candidates"]
+    assert candidate["content"]["parts"] == [{"text": "Hello"}]
+    status, error = await refused(house, {}, "/v1/models/tiny:countTokens")
+    assert (status, error["status"]) == (400, "INVALID_ARGUMENT")
 
 
 async def test_an_answer_that_reaches_its_limit_says_so(house: House) -> None:
@@ -350,6 +368,20 @@ async def test_models_are_described(house: House) -> None:
         assert await response.json() == model
     assert (model["name"], model["baseModelId"], model["inputTokenLimit"]) == ("models/tiny", "tiny", 64)
     assert "generateContent" in model["supportedGenerationMethods"]
+
+
+async def test_the_models_of_v1_are_googles_for_googles_client(house: House) -> None:
+    google = {"x-goog-api-client": "google-genai-sdk/3.6.1"}
+    for path in ("/models", "/models/tiny"):
+        async with (
+            house.http.get(f"/v1beta{path}") as beta,
+            house.http.get(f"/v1{path}", headers=google) as stable,
+            house.http.get(f"/v1{path}") as openai,
+        ):
+            assert await stable.json() == await beta.json()
+            assert (await openai.json())["object"] in ("list", "model")
+    async with house.http.get("/v1/models/other", headers=google) as response:
+        assert (await response.json())["error"]["status"] == "NOT_FOUND"
 
 
 # What is refused ---------------------------------------------------------------------------------------------------
@@ -465,7 +497,8 @@ async def test_a_key_may_stand_in_the_address_and_is_not_logged(
             (f"{MODEL}?key=wrong", 401),
             (MODEL, 401),
             (f"/v1beta/nothing?key={key}", 404),
-            (f"/v1/models?key={key}", 401),  # Only where Google's clients put it.
+            (f"/v1/models?key={key}", 401),
+            (f"/v1/models/tiny?key={key}", 401),  # Only where Google's clients put it.
         ]:
             async with http.get(path) as response:
                 assert response.status == status, path

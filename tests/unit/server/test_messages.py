@@ -112,6 +112,23 @@ def test_calls_and_their_results_are_turns_of_a_chat() -> None:
     ]
 
 
+def test_turns_of_one_speaker_that_follow_one_another_are_one() -> None:
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "user", "content": [{"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": "c"},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "weather", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t"}]},
+        {"role": "user", "content": "d"},
+    ]
+    turns = chat(body(messages=messages), ASKED).messages
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "tool", "user"]
+    assert turns[0]["content"] == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert turns[1]["content"] == [{"type": "text", "text": "c"}]
+    assert turns[1]["tool_calls"][0]["id"] == "t"
+    assert (turns[2]["content"], turns[3]["content"]) == ("", "d")
+
+
 @pytest.mark.parametrize(
     ("choice", "wanted", "parallel"),
     [

@@ -165,6 +165,30 @@ async def test_a_response_is_answered_whole(house: House) -> None:
     assert answer.to_dict()["store"] is False
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "none",
+        {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "weather"}]},
+    ],
+)
+async def test_what_was_asked_is_told_again(house: House, choice: Any) -> None:
+    fields = {
+        "tools": [WEATHER],
+        "tool_choice": choice,
+        "text": {"format": {"type": "json_object"}},
+        "reasoning": {"effort": "low"},
+    }
+    stream = stream_of(house, **fields, parallel_tool_calls=False)
+    events = events_of(stream, Piece("{}", [1], [0.0], "stop"))
+    for response in (events[0]["response"], events[-1]["response"]):
+        assert Response.model_validate(response, strict=True)
+        assert response["tools"] == [{**WEATHER, "strict": None, "description": None}]
+        assert response["tool_choice"] == choice
+        assert (response["text"]["format"], response["reasoning"]) == ({"type": "json_object"}, {"effort": "low"})
+        assert response["parallel_tool_calls"] is False
+
+
 async def test_an_answer_that_reaches_its_limit_is_incomplete_and_so_is_its_message(house: House) -> None:
     answer, _ = await whole(house, {"max_output_tokens": 2}, ("He", "length"))
     assert answer.status == "incomplete"

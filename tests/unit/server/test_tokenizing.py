@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.unit.server.house import House
@@ -77,3 +78,12 @@ async def test_an_impossible_value_is_refused_by_name(house: House, path: str, b
 async def test_an_unknown_model_is_not_found(house: House, path: str, body: Any) -> None:
     status, answer = await ask(house, path, {**body, "model": "other"})
     assert (status, answer["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_the_models_for_embeddings_have_tokens_as_well(house: House) -> None:
+    (offer,) = house.service.roster.models
+    house.service.roster._models["tiny"] = msgspec.structs.replace(offer, task="feature-extraction")
+    status, answer = await ask(house, "/tokenize", {"model": "tiny", "prompt": "hi"})
+    assert (status, answer["tokens"]) == (200, house.text.encode("hi"))
+    async with house.http.get("/v1beta/models/tiny") as response:
+        assert (await response.json())["supportedGenerationMethods"] == []
