@@ -104,7 +104,7 @@ _MODEL_NAME: Schema = {
     "schema": {"type": "string", "minLength": 1},
 }
 _MODEL_ID: Schema = {**_MODEL_NAME, "name": "id"}
-_GEMINI_MODEL: Schema = {**_MODEL_NAME, "name": "model", "schema": {"type": "string", "pattern": "^[^:]+$"}}
+_GEMINI_MODEL: Schema = {**_MODEL_NAME, "name": "model"}
 _ALT: Schema = {
     "name": "alt",
     "in": "query",
