@@ -24,6 +24,12 @@ log = logging.getLogger(__name__)
 
 QUEUE_TOKENS = 2**19
 """Tokens of texts that may wait where nobody says how many: some minutes' work of a small model on a few cores."""
+TURN_SECONDS = 0.5
+"""That a batch may take, for all others wait for its end: a large model's are smaller."""
+LEAST_TOKENS = 128
+"""Of a batch, however long it takes: fewer rows would read the weights for little."""
+_WEIGHT = 0.25
+"""Of the newest batch in the average of how long a token takes."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,8 @@ class EmbeddingLoop:
     """Batches of texts over `engine`.
 
     `queue` requests may wait for their first text to be computed, and `queue_tokens` tokens of texts altogether (0:
-    `QUEUE_TOKENS`). A batch has up to `budget` tokens, padding included, or one text that is longer. `clock` gives the seconds
-    that requests' time limits are counted in.
+    `QUEUE_TOKENS`). A batch has up to `budget` tokens, padding included, fewer where they would take more than `TURN_SECONDS`;
+    or one text that is longer. `clock` gives the seconds that requests' time limits are counted in.
     """
 
     engine: Embedder
@@ -53,6 +59,8 @@ class EmbeddingLoop:
     _turns: dict[str, int] = field(default_factory=dict)
     """When a client that has a request here led a batch last."""
     _turn: int = 0
+    _token_seconds: float = 0.0
+    """What a token of a batch takes, padding included, a running average; 0 before the first one."""
 
     @property
     def running(self) -> int:
@@ -163,7 +171,7 @@ class EmbeddingLoop:
         first.turn = self._turns[first.request.client] = self._turn
         least = first.longest()
         longest = max(texts.longest(least + padding(least)) for texts in (first, *others))
-        room = max(1, self.budget // longest)
+        room = max(1, self._tokens // longest)
         parts = []
         for texts in (first, *others):
             taken = texts.take(longest, room)
@@ -173,6 +181,13 @@ class EmbeddingLoop:
             if not room:
                 break
         return Batch(parts)
+
+    @property
+    def _tokens(self) -> int:
+        """Of the next batch."""
+        if not self._token_seconds:
+            return min(self.budget, LEAST_TOKENS)
+        return min(self.budget, max(LEAST_TOKENS, int(TURN_SECONDS / self._token_seconds)))
 
     def _order(self, texts: Texts) -> tuple[int, int, int]:
         """The least is next: by priority, then the client that has waited longest for a turn, then its request that has."""
@@ -185,14 +200,17 @@ class EmbeddingLoop:
                 texts.started = now
                 self.counters.waited(now - texts.arrived)
         start = time.perf_counter()
+        ids, lengths = batch.arrays()
         try:
-            vectors = self.engine.embed(*batch.arrays())
+            vectors = self.engine.embed(ids, lengths)
         except DeviceLost:
             raise
         except Exception as error:  # whatever the runtime raised concerns these requests, and the others go on
             log.exception("the engine failed on a batch of %d texts", sum(len(indices) for _, indices in batch.parts))
             return [self._end(texts, "error", f"the engine failed: {error}") for texts, _ in batch.parts]
-        self.counters.stepped(time.perf_counter() - start)
+        spent = time.perf_counter() - start
+        self._token_seconds += (_WEIGHT if self._token_seconds else 1) * (spent / ids.size - self._token_seconds)
+        self.counters.stepped(spent)
         self.counters.prompt_tokens += batch.tokens
         return self._hand_out(batch, vectors)
 

@@ -1,8 +1,8 @@
 """What answers must be: constraints compiled by llguidance, and which tokens each answer may go on with.
 
-A mask takes microseconds, rarely milliseconds. It is computed in a thread as soon as the token before it is known, while the
-loop sends that token off and computes prompts; llguidance needs no GIL for it. Only to take a token, which is cheap, happens
-on the loop's own thread.
+A mask takes microseconds, rarely milliseconds. Those of a step are computed in a thread as soon as the tokens before them are
+known, while the loop sends these off and computes prompts; llguidance needs no GIL for it. Only to take a token, which is
+cheap, happens on the loop's own thread.
 
 A compiled grammar grows while it is used, by states of its lexer, so no two answers share one: none can use up what another
 needs, or waits for it. Whoever is done hands it back, and the next answer with the same constraint begins with it.
@@ -12,7 +12,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # 15 ms of a worker's start, which many never need
 PATIENCE = 0.02
 """Seconds that a step waits for masks. Whose mask takes longer sits the step out, so that one request's grammar does not hold
 up the streams of all."""
+SLOW = 0.002
+"""Seconds from which on an answer's masks are computed apart from those of others, which would wait for them."""
 IDLE = 32
 """Compiled grammars that are kept for the next answer with the same constraint."""
 
@@ -161,7 +163,7 @@ class Masks:
 
 
 class Matcher:
-    """One answer's way through its grammar: the loop's, but for `_look`, which runs in a thread while the loop does not ask."""
+    """One answer's way through its grammar: the loop's, but for `look`, which runs in a thread while the loop does not ask."""
 
     def __init__(
         self,
@@ -169,7 +171,6 @@ class Matcher:
         grammar: "LLMatcher",
         vocab_size: int,
         stop_ids: frozenset[int],
-        threads: ThreadPoolExecutor,
     ) -> None:
         self.constraint = constraint
         self.grammar = grammar
@@ -179,17 +180,20 @@ class Matcher:
         """Tokens that the grammar took, those of earlier answers among them."""
         self.failure = ""
         """Why the answer cannot go on; once there is a reason, nothing else here means anything."""
-        self._threads = threads
         self._masks = Masks(vocab_size, 1 + MOST_GUESSES)
         self._forced: list[int] = []
-        self._looking: Future[None] = Future()
-        self._looking.set_result(None)
+        self.slow = False
+        """It took long to find out last time."""
+        self.looking: Future[None] | None = None
+        """What runs `look`, now or earlier."""
 
     def ready(self, deadline: float = math.inf) -> bool:
         """Whether `mask` and `forced` are there; waits for them until time.monotonic() is `deadline`."""
-        if not self._looking.done():
-            wait([self._looking], None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
-        return self._looking.done()
+        looking = self.looking
+        if looking is None or looking.done():
+            return True
+        wait([looking], None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+        return looking.done()
 
     @property
     def forced(self) -> list[int]:
@@ -211,14 +215,8 @@ class Matcher:
         return bool(self.failure) or self.grammar.is_stopped()
 
     def look(self) -> None:
-        """Begin to find out what may come next."""
-        self._looking = self._threads.submit(self._look)
-
-    def close(self, then: Callable[["Matcher"], None]) -> None:
-        """The answer has ended: call `then`, maybe in a thread, once nothing is computed for it any more."""
-        self._looking.add_done_callback(lambda _: then(self))
-
-    def _look(self) -> None:
+        """Find out what may come next."""
+        start = time.perf_counter()
         grammar, masks = self.grammar, self._masks
         forced = grammar.compute_ff_tokens()[:MOST_GUESSES]
         certain = 0
@@ -231,6 +229,7 @@ class Matcher:
         self._forced = forced[:certain]
         if grammar.is_error():  # the mask then has the stop tokens, which are not to be taken for the answer's end
             self.failure = flaw(grammar)
+        self.slow = time.perf_counter() - start > SLOW
 
 
 class Grammars:
@@ -250,7 +249,7 @@ class Grammars:
         """Of `_idle`."""
 
     def matcher(self, constraint: Constraint) -> "Future[Matcher]":
-        """The way of a new answer through the grammar of `constraint`; what the future raises is a GrammarError."""
+        """The way of a new answer through the grammar of `constraint`, which has looked; the future may raise GrammarError."""
         with self._changing:
             idle = next((matcher for matcher in reversed(self._idle) if matcher.constraint == constraint), None)
             if idle is not None:
@@ -258,14 +257,25 @@ class Grammars:
         if idle is None:
             threading.stack_size(_STACK)  # of the threads that are started from now on
             return self._compilers.submit(self._compile, constraint)
-        idle.look()
+        self.look([idle])
         at_once: Future[Matcher] = Future()
         at_once.set_result(idle)
         return at_once
 
+    def look(self, matchers: list[Matcher]) -> None:
+        """Have `matchers` find out what may come next."""
+        quick = [matcher for matcher in matchers if not matcher.slow]
+        for job in ([quick] if quick else []) + [[matcher] for matcher in matchers if matcher.slow]:
+            looking = self._maskers.submit(_look, job)
+            for matcher in job:
+                matcher.looking = looking
+
     def give_back(self, matcher: Matcher) -> None:
         """The answer that had `matcher` has ended, in whatever way."""
-        matcher.close(self._keep)
+        if matcher.looking is None:
+            self._keep(matcher)
+        else:  # once nothing is computed for it any more
+            matcher.looking.add_done_callback(lambda _: self._keep(matcher))
 
     def close(self) -> None:
         """Forget what waits to be compiled."""
@@ -277,7 +287,7 @@ class Grammars:
             if self._tokens is None:
                 self._tokens = vocabulary(self._path, self._vocab_size, self.stop_ids)
         grammar = compiled(self._tokens, constraint)
-        matcher = Matcher(constraint, grammar, self._vocab_size, self.stop_ids, self._maskers)
+        matcher = Matcher(constraint, grammar, self._vocab_size, self.stop_ids)
         matcher.look()
         return matcher
 
@@ -286,3 +296,8 @@ class Grammars:
             return
         with self._changing:
             self._idle = [*self._idle[-IDLE + 1 :], matcher]
+
+
+def _look(matchers: list[Matcher]) -> None:
+    for matcher in matchers:
+        matcher.look()

@@ -137,6 +137,8 @@ class Loop:
         self._waiting = Queue(engine.context)
         self._compiling: dict[Sequence, Future[Matcher]] = {}
         """What will be pushed into `_waiting` once its constraint is compiled."""
+        self._unlooked: list[Matcher] = []
+        """Of sequences whose masks must be found anew, since they have a new token."""
         self._deadlines = Deadlines()
         self._by_key: dict[tuple[bytes, str], Sequence] = {}
 
@@ -248,9 +250,11 @@ class Loop:
         plans = {sequence: plan for sequence in ready if (plan := self._plan(sequence, plain)).count}
         news += self._verify_some(plans)
         news += self._prefill(time.perf_counter() - start)
+        self._look()
         deadline = time.monotonic() + PATIENCE
         others = [sequence for sequence in self.slots.decoding if sequence not in plans]
         news += self._decode([sequence for sequence in others if _ready(sequence, deadline)])
+        self._look()
         return news
 
     def _expire(self) -> list[News]:
@@ -276,6 +280,12 @@ class Loop:
                 del self._compiling[sequence]
                 self._waiting.push(sequence)
         return news
+
+    def _look(self) -> None:
+        """Begin with the masks of those who took a token."""
+        if self._unlooked and self.grammars is not None:
+            self.grammars.look(self._unlooked)
+            self._unlooked = []
 
     def _prefill(self, spent: float) -> list[News]:
         """Compute prompts; the running streams have been held up for `spent` seconds already."""
@@ -496,7 +506,7 @@ class Loop:
                 failure = sequence.matcher.failure if sequence.matcher is not None and sequence.finish == "error" else ""
                 return self._end(sequence, sequence.finish, failure and f"the constraint cannot be kept to: {failure}", row)
         if sequence.matcher is not None:
-            sequence.matcher.look()
+            self._unlooked.append(sequence.matcher)
         sequence.computed = sequence.length - 1
         sequence.note(tokens)
         cached = sequence.cached if first else 0

@@ -93,6 +93,11 @@ def in_gemini(path: str) -> bool:
     return _GEMINI.match(path) is not None
 
 
+def of_gemini(request: web.Request) -> bool:
+    """Whether a client of Google's API asks; `/v1/models`, which OpenAI's and Google's have in common, does not tell."""
+    return in_gemini(request.path) or (request.path.startswith("/v1/models") and "x-goog-api-client" in request.headers)
+
+
 def _over_unix_socket(request: web.Request) -> bool:
     """Whether its sender passed the permissions of a socket's file."""
     connection = request.get_extra_info("socket")

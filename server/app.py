@@ -65,7 +65,7 @@ def build(service: Service, access: Access | None = None) -> web.Application:
             web.post("/tokenize", tokenizing.tokenizing),
             web.post("/detokenize", tokenizing.detokenizing),
             web.get("/v1/models", models.models),
-            web.get("/v1/models/{id:.+}", models.model),
+            web.get("/v1/models/{model:.+}", models.model),
             web.get("/healthz", health),
             web.get("/readyz", readiness),
             web.get("/metrics", metrics),

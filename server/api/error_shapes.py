@@ -6,7 +6,7 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
-from server.access import in_gemini
+from server.access import of_gemini
 from server.errors import ApiError
 from server.journal import ENTRY
 
@@ -109,7 +109,7 @@ def answer(request: web.Request, error: ApiError) -> web.Response:
     """The answer to a request that ended with `error`."""
     if _of_messages(request):
         body = _encode(MessagesError.of(error, request))
-    elif in_gemini(request.path):
+    elif of_gemini(request):
         body = _encode(GeminiError.of(error))
     else:
         return error.response()

@@ -6,8 +6,6 @@ import { events } from "./stream.js";
 /** Alternatives that are asked for with each token. */
 export const ALTERNATIVES = 5;
 
-let alternativesRefused = false;
-
 /**
  * What is known of an answer. `spans` are the parts of `text` that tokens stand for: `{start, end, tokens}`, in UTF-16 units,
  * with the places of these tokens in `tokens`; a character that several tokens make has them all.
@@ -28,7 +26,12 @@ export function emptyAnswer() {
 /** Have the server answer `body`, and write what comes into `answer`; `changed` is called after each piece. */
 export async function receive(body, answer, changed, signal) {
   const begun = performance.now();
-  const response = await openStream(body, signal);
+  const response = await ask("/v1/chat/completions", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ ...body, stream_options: { include_usage: true, continuous_usage_stats: true } }),
+    signal,
+  });
   const id = response.headers.get("X-Request-Id");
   const aligner = new Aligner(answer);
   let ended = false;
@@ -38,7 +41,7 @@ export async function receive(body, answer, changed, signal) {
       break;
     }
     const chunk = JSON.parse(data);
-    if (event === "error") throw failure(chunk, response.status, id);
+    if (event === "error") throw failure(chunk, 0, id);
     if (chunk.usage) answer.usage = chunk.usage;
     const choice = chunk.choices[0];
     if (!choice) continue;
@@ -60,32 +63,6 @@ export async function receive(body, answer, changed, signal) {
 export function speed(answer) {
   const tokens = answer.usage?.completion_tokens ?? answer.tokens.length;
   return tokens > 1 && answer.generating > 0 ? ((tokens - 1) * 1000) / answer.generating : null;
-}
-
-/** `body` without what this server has refused, as far as that is known. */
-export function accepted(body) {
-  if (!alternativesRefused) return body;
-  const { top_logprobs: _, ...rest } = body;
-  return rest;
-}
-
-async function openStream(body, signal) {
-  const send = (fields) =>
-    ask("/v1/chat/completions", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(fields),
-      signal,
-    });
-  const full = { ...body, stream_options: { include_usage: true, continuous_usage_stats: true } };
-  try {
-    return await send(accepted(full));
-  } catch (error) {
-    // A server whose engine tells only the chosen tokens' probabilities refuses the alternatives by name.
-    if (!(error instanceof Failure) || error.param !== "top_logprobs" || alternativesRefused) throw error;
-    alternativesRefused = true;
-    return send(accepted(full));
-  }
 }
 
 /** Finds out which part of the text each token is. */

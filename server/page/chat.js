@@ -1,7 +1,7 @@
 // The conversation: what was said, the answer that is coming, and what is done with both.
 
 import { say, tell } from "./announce.js";
-import { accepted, emptyAnswer, receive } from "./answer.js";
+import { emptyAnswer, receive } from "./answer.js";
 import { Failure } from "./api.js";
 import { copy } from "./clipboard.js";
 import { byId } from "./dom.js";
@@ -207,7 +207,7 @@ export class Chat {
       tell("There is no request yet: write a message first.");
       return;
     }
-    copy(form(accepted(this.#request(turns))), what);
+    copy(form(this.#request(turns)), what);
   }
 
   #replace(turns) {

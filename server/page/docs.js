@@ -8,14 +8,21 @@ import { Schemas, fields } from "./schema.js";
 import { connectTheme } from "./theme.js";
 
 const GROUPS = [
-  ["Generate", (path) => /^\/v1\/(?!models)/.test(path)],
+  ["OpenAI's API", (path) => /^\/v1\/(chat|completions|responses|embeddings)/.test(path)],
+  ["Anthropic's API", (path) => path.startsWith("/v1/messages")],
+  ["Google's API", (path) => path.startsWith("/v1beta/")],
+  ["Plain text and tokens", (path) => ["/v1/generate", "/tokenize", "/detokenize"].includes(path)],
   ["Models", (path) => path.startsWith("/v1/models")],
   ["Operate", (path) => path.startsWith("/admin") || ["/healthz", "/readyz", "/metrics"].includes(path)],
   ["Pages", () => true],
 ];
 const METHODS = ["get", "post", "put", "patch", "delete"];
-/** What an example says besides what it must. */
-const EXTRAS = { max_tokens: 64 };
+/** How an example's answer is kept short, by the first of these fields that its body has. */
+const LIMITS = [
+  ["max_output_tokens", 64],
+  ["generationConfig", { maxOutputTokens: 64 }],
+  ["max_tokens", 64],
+];
 
 connectTheme();
 connectKey();
@@ -30,8 +37,8 @@ async function read() {
   const fault = byId("docs-fault");
   try {
     const description = await askJson("/openapi.json");
-    const model = await askJson("/v1/models").then(({ data }) => data[0]?.id ?? null);
-    show(description, model);
+    const { data: models } = await askJson("/v1/models");
+    show(description, models);
     fault.hidden = true;
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
@@ -43,7 +50,7 @@ async function read() {
   }
 }
 
-function show(description, model) {
+function show(description, models) {
   const schemas = new Schemas(description);
   const operations = Object.entries(description.paths).flatMap(([path, item]) =>
     METHODS.filter((method) => item[method]).map((method) => ({ path, method, ...item[method] })),
@@ -60,7 +67,7 @@ function show(description, model) {
   byId("contents").replaceChildren(...filled.map(contents));
   byId("operations").replaceChildren(
     ...filled.map((group) =>
-      element("section", {}, element("h2", {}, group.name), ...group.operations.map((each) => section(schemas, each, model))),
+      element("section", {}, element("h2", {}, group.name), ...group.operations.map((each) => section(schemas, each, models))),
     ),
   );
   if (location.hash) document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();
@@ -73,10 +80,10 @@ function contents({ name, operations }) {
   return element("div", {}, element("h2", {}, name), element("ul", {}, ...links));
 }
 
-function section(schemas, operation, model) {
+function section(schemas, operation, models) {
   const { operationId, method, path, summary, parameters = [], requestBody, responses } = operation;
   const body = requestBody && Object.values(requestBody.content)[0].schema;
-  const command = curl(schemas, operation, body, model);
+  const command = curl(schemas, operation, body, modelFor(path, models));
   const title = `op-${operationId}-title`;
   const needsKey = operation.security ? null : element("span", { class: "open" }, "no key needed");
   return element(
@@ -90,15 +97,19 @@ function section(schemas, operation, model) {
       element("pre", { tabIndex: 0, "aria-label": `curl for ${path}` }, element("code", {}, command)),
       element("button", { type: "button", class: "small", "aria-label": `Copy the curl command for ${path}`, on: { click: () => copy(command, "The command") } }, "Copy"),
     ),
-    ...(parameters.length ? [element("h4", {}, "Path"), element("div", { class: "fields" }, ...parameters.map(parameter))] : []),
+    ...(parameters.length ? [element("h4", {}, "Address"), element("div", { class: "fields" }, ...parameters.map((each) => parameter(schemas, each)))] : []),
     ...(body ? [element("h4", {}, "Body ", element("code", {}, schemas.name(body))), fields(schemas, body)] : []),
     element("h4", {}, "Answers"),
     element("div", { class: "answers" }, ...Object.entries(responses).map(([status, each]) => answer(schemas, status, each))),
   );
 }
 
-function parameter({ name, description, schema }) {
-  const head = [element("code", { class: "name" }, name), element("span", { class: "type" }, schema.type), element("span", { class: "required" }, "required")];
+function parameter(schemas, { name, description, schema, required }) {
+  const head = [
+    element("code", { class: "name" }, name),
+    element("span", { class: "type" }, schemas.type(schema)),
+    required ? element("span", { class: "required" }, "required") : null,
+  ].filter(Boolean);
   return element("div", { class: "of" }, element("div", { class: "head" }, ...head), element("p", { class: "about" }, description ?? ""));
 }
 
@@ -141,15 +152,23 @@ function foldContents() {
   settle();
 }
 
+/** A model that the route can be asked with, or a word in its place. */
+function modelFor(path, models) {
+  const task = path === "/v1/embeddings" ? "feature-extraction" : "text-generation";
+  return models.find((model) => (model.task ?? "text-generation") === task)?.id ?? "MODEL";
+}
+
 /** A command that makes the request. */
 function curl(schemas, { method, path, security }, body, model) {
-  const at = path.replace(/\{(id|name)\}/, model ?? "MODEL").replace("{file}", "base.css");
+  const at = path.replace("{file}", "base.css").replace(/\{\w+\}/, path.includes("models/") ? model : "ID");
   const lines = [`curl ${method === "post" ? (body ? "-N " : "-X POST ") : ""}${location.origin}${at}`];
   if (security && key.value) lines.push('-H "Authorization: Bearer $ENGINESHED_API_KEY"');
   if (body) {
     const properties = schemas.inside(body)?.properties ?? {};
-    const given = Object.fromEntries(Object.entries(EXTRAS).filter(([name]) => name in properties));
-    const example = { ...("model" in properties && model ? { model } : {}), ...schemas.example(body), ...given };
+    const example = { ...("model" in properties ? { model } : {}), ...schemas.example(body) };
+    if (example.model) example.model = model;
+    const limit = LIMITS.find(([name]) => name in properties);
+    if (limit) example[limit[0]] = limit[1];
     if (properties.stream) example.stream = true;
     lines.push("-H 'Content-Type: application/json'", `-d '${JSON.stringify(example, null, 2)}'`);
   }

@@ -67,8 +67,11 @@ export class Schemas {
     if (whole.anyOf) return this.example(whole, name, depth);
     if (whole.properties) {
       const required = new Set(whole.required);
-      const entries = Object.entries(whole.properties).filter(([each]) => required.has(each));
-      return Object.fromEntries(entries.map(([each, inner]) => [each, this.example(inner, each, depth + 1)]));
+      const entries = Object.entries(whole.properties)
+        .filter(([each]) => required.has(each) || SAID.has(each))
+        .map(([each, inner]) => [each, this.example(inner, each, depth + 1)])
+        .filter(([each, value]) => required.has(each) || typeof value === "string" || Array.isArray(value));
+      return Object.fromEntries(entries);
     }
     if (whole.type === "array") return depth < 4 ? [this.example(whole.items ?? {}, name, depth + 1)] : [];
     return { integer: Math.max(1, whole.minimum ?? 1), number: 1, boolean: true, string: SAMPLES[name] ?? "text" }[whole.type] ?? {};
@@ -87,7 +90,15 @@ export class Schemas {
   }
 }
 
-const SAMPLES = { content: "Why is the sky blue?", prompt: "The capital of France is", input: "The capital of France is", query: "Where is Paris?" };
+const SAMPLES = {
+  content: "Why is the sky blue?",
+  input: "Why is the sky blue?",
+  prompt: "The capital of France is",
+  text: "Why is the sky blue?",
+};
+
+/** What an example says also where the schema alone does not require it. */
+const SAID = new Set(["content", "contents", "prompt", "text"]);
 
 /** The fields of an object, each to be opened where there is more inside. */
 export function fields(schemas, schema, seen = []) {

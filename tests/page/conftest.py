@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -117,23 +116,11 @@ def context(browser: Browser) -> Iterator[BrowserContext]:
 
 
 @pytest.fixture
-def visit(context: BrowserContext, server: Server, alternatives: bool) -> Iterator[Visit]:
+def visit(context: BrowserContext, server: Server) -> Iterator[Visit]:
     """A visit to the page, which must not fail and must not ask anybody else for anything."""
-    visit = Visit(context.new_page(), server.url, refused=[] if alternatives else [400])
+    visit = Visit(context.new_page(), server.url)
     yield visit
     visit.close()
-
-
-@pytest.fixture(scope="module")
-def alternatives(server: Server) -> bool:
-    """Whether the server tells tokens that might have been chosen instead."""
-    try:
-        chat(server, max_tokens=1, logprobs=True, top_logprobs=5)
-    except urllib.error.HTTPError as error:
-        if error.code != 400:
-            raise
-        return False
-    return True
 
 
 def chat(server: Server, **fields: Any) -> Any:

@@ -8,6 +8,9 @@ from playwright.sync_api import expect
 from tests.e2e.conftest import Server
 from tests.page.conftest import Visit
 
+NEEDS_MORE = {"embeddings", "stored_response", "status", "load", "unload", "reload"}
+"""What this server refuses: it has no model for embeddings, stores nothing and runs without keys."""
+
 
 def test_every_operation_is_there_with_its_fields_and_answers(visit: Visit, server: Server) -> None:
     description = json.loads(server.get("/openapi.json")[1])
@@ -18,7 +21,7 @@ def test_every_operation_is_there_with_its_fields_and_answers(visit: Visit, serv
     for operation in operations:
         section = page.locator(f"#op-{operation['operationId']}")
         expect(section).to_contain_text(operation["summary"])
-        assert section.locator(".status").all_inner_texts() == list(operation["responses"])
+        assert section.locator(".status").all_inner_texts() == sorted(operation["responses"])
 
     chat = page.locator("#op-chat_completions")
     names = chat.locator("h4:has-text('Body') + .fields > .of > .head .name").all_inner_texts()
@@ -37,10 +40,15 @@ def test_every_operation_is_there_with_its_fields_and_answers(visit: Visit, serv
 def test_its_commands_run(visit: Visit) -> None:
     page = visit.page
     page.goto(f"{visit.url}/docs")
-    for operation, answer in (("generate", ""), ("completions", "text_completion"), ("chat_completions", "data: ")):
-        page.locator(f"#op-{operation}").get_by_role("button", name="Copy").click()
-        expect(page.get_by_text("The command copied")).to_be_visible()
-        ran = subprocess.run(["bash", "-c", visit.clipboard()], capture_output=True, text=True, timeout=60, check=True)
-        assert answer in ran.stdout
+    expect(page.locator(".operation").first).to_be_visible()
+    for operation in page.locator(".operation").all():
+        name = (operation.get_attribute("id") or "").removeprefix("op-")
+        if name in NEEDS_MORE:
+            continue
+        operation.get_by_role("button", name="Copy").click()
+        command = operation.locator(".example code").inner_text()
+        assert visit.clipboard() == command
+        strict = command.replace("curl ", "curl --silent --show-error --fail ", 1)
+        ran = subprocess.run(["bash", "-c", strict], capture_output=True, text=True, timeout=60, check=False)
+        assert ran.returncode == 0, f"{command}\n{ran.stderr}"
         assert ran.stdout.strip()
-        assert "error" not in ran.stdout

@@ -49,7 +49,7 @@ def test_the_page_is_dark_where_the_system_is_and_otherwise_on_request(visit: Vi
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_phone_need_not_scroll_sideways(browser: Browser, server: Server, view: str) -> None:
     context = browser.new_context(viewport={"width": 360, "height": 780}, has_touch=True, is_mobile=True)
-    visit = Visit(context.new_page(), server.url, refused=[400])
+    visit = Visit(context.new_page(), server.url)
     visit.page.goto(server.url + view)
     settle(visit.page)
     assert visit.overflow() == 0

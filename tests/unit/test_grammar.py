@@ -20,10 +20,11 @@ from runtime import bundle, grammar, ort
 from runtime.engine import Batch, Draw, Float32, Int64
 from runtime.grammar import GrammarError, Grammars, Masks, Matcher, compiled
 from runtime.loop import Loop
-from runtime.messages import Constraint, Generate, Row, Sampling
+from runtime.messages import Constraint, Generate, Progress, Row, Sampling
 from runtime.ort import OrtEngine
 from tests import schemas
 from tests.unit.test_loop import FRONT, drain, prompt, run, tokens
+from tests.unit.test_worker import Front, worker
 
 SLOTS = 4
 CONTEXT = 512
@@ -125,6 +126,8 @@ def test_forced_tokens_change_no_answer_and_spare_steps(engine: OrtEngine, gramm
     }
     requests = [asking(f"{i}", json_schema(schemas.schema(i)), TEMPERATURES[i % 5]) for i in range(40)]
     requests.append(asking("long", json_schema(long)))
+    special = 'start: "call" <[1]> %json {"const": "a name"} <[1]> ("yes" | "no") <[1]>'
+    requests.append(asking("special tokens", Constraint("lark", special), 1.0))
     answers, steps = [], []
     for speculation in (True, False):
         loop = Loop(engine, queue=100, speculation=speculation, grammars=grammars)
@@ -396,6 +399,24 @@ def test_grammars_are_kept_for_the_next_answer_up_to_a_number(tiny_bundle: Path,
     assert made.matcher(constraints[3]).result(0) is first[3]
     assert made.matcher(constraints[3]).result(30) is not first[3]  # which somebody has
     assert made.matcher(constraints[0]).result(30) is not first[0]
+
+
+def test_the_worker_takes_constraints(tiny_bundle: Path, tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/worker.sock"
+    with worker(tiny_bundle, address, "--queue=9"):
+        front = Front(address)
+        front.wait_ready()
+        wanted = {"good": Constraint("regex", "yes|no"), "bad": Constraint("regex", "("), "free": None}
+        for name, constraint in wanted.items():
+            front.send(asking(name, constraint, max_tokens=9))
+        ended: dict[str, Row] = {}
+        while len(ended) < 3:
+            reply = front.receive()
+            if isinstance(reply, Progress):
+                ended |= {row.id: row for row in reply.rows if row.finish is not None}
+    assert ended["good"].finish == "stop"
+    assert (ended["bad"].finish, "unclosed group" in ended["bad"].message) == ("error", True)
+    assert ended["free"].finish in ("stop", "length")
 
 
 def test_a_tokenizer_that_llguidance_cannot_read_is_said_to_be_that(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ TOOL: ToolParam = {
 
 def prompt_tokens(usage: Usage) -> int:
     """Those that were computed and those that were found in a slot."""
-    return usage.input_tokens + (usage.cache_read_input_tokens or 0) + (usage.cache_creation_input_tokens or 0)
+    told: int = usage.input_tokens + (usage.cache_read_input_tokens or 0) + (usage.cache_creation_input_tokens or 0)
+    return told
 
 
 @pytest.fixture

@@ -370,6 +370,20 @@ async def test_models_are_described(house: House) -> None:
     assert "generateContent" in model["supportedGenerationMethods"]
 
 
+async def test_the_models_of_v1_are_googles_for_googles_client(house: House) -> None:
+    google = {"x-goog-api-client": "google-genai-sdk/3.6.1"}
+    for path in ("/models", "/models/tiny"):
+        async with (
+            house.http.get(f"/v1beta{path}") as beta,
+            house.http.get(f"/v1{path}", headers=google) as stable,
+            house.http.get(f"/v1{path}") as openai,
+        ):
+            assert await stable.json() == await beta.json()
+            assert (await openai.json())["object"] in ("list", "model")
+    async with house.http.get("/v1/models/other", headers=google) as response:
+        assert (await response.json())["error"]["status"] == "NOT_FOUND"
+
+
 # What is refused ---------------------------------------------------------------------------------------------------
 
 
