@@ -13,7 +13,7 @@ from server.page.site import PATHS
 OPEN = ("/healthz", "/readyz", *PATHS)
 """Routes that need no key: they say nothing but whether the server works, or are the page, which is the same everywhere."""
 METRICS = "/metrics"
-_GEMINI = re.compile(r"/v1beta/|/v1/models/[^:]+:[A-Za-z]+$")
+_GEMINI = re.compile(r"(?s)/v1beta/|/v1/models/.*:(generateContent|streamGenerateContent|countTokens)\Z")
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def build(service: Service, access: Access | None = None) -> web.Application:
             web.get("/v1beta/models", gemini.models),
             web.get("/v1beta/models/{model:[^:]+}", gemini.model),
             *(
-                web.post(f"/{version}/models/{{model:[^:]+}}:{method}", handler)
+                web.post(f"/{version}/models/{{model:(?s:.*)}}:{method}", handler)
                 for version in gemini.VERSIONS
                 for method, handler in gemini.METHODS.items()
             ),

@@ -104,7 +104,6 @@ _MODEL_NAME: Schema = {
     "schema": {"type": "string", "minLength": 1},
 }
 _MODEL_ID: Schema = {**_MODEL_NAME, "name": "model"}
-_GEMINI_MODEL: Schema = {**_MODEL_NAME, "name": "model", "schema": {"type": "string", "pattern": "^[^:]+$"}}
 _ALT: Schema = {
     "name": "alt",
     "in": "query",
@@ -121,7 +120,7 @@ _GEMINI_METHODS: tuple[
         "Answer a conversation whole.",
         {JSON: GenerateContentAnswer},
         GenerateContentBody,
-        (_GEMINI_MODEL,),
+        (_MODEL_ID,),
         _GENERATING,
     ),
     (
@@ -132,7 +131,7 @@ _GEMINI_METHODS: tuple[
             SSE: Stream("Server-sent events, the data of each JSON.", _GEMINI_PIECES),
         },
         GenerateContentBody,
-        (_GEMINI_MODEL, _ALT),
+        (_MODEL_ID, _ALT),
         _GENERATING,
     ),
     (
@@ -140,7 +139,7 @@ _GEMINI_METHODS: tuple[
         "Count a conversation's tokens.",
         {JSON: CountTokensAnswer},
         CountTokensBody,
-        (_GEMINI_MODEL,),
+        (_MODEL_ID,),
         _LOADING,
     ),
 )
@@ -209,7 +208,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "gemini_model",
         "Describe a model.",
         {JSON: GeminiModel},
-        parameters=(_GEMINI_MODEL,),
+        parameters=(_MODEL_ID,),
         errors=(404,),
         error=GeminiError,
     ),

@@ -469,6 +469,9 @@ async def test_what_is_counted_is_one_thing(house: House) -> None:
 
 async def test_errors_have_the_statuses_that_googles_clients_know(house: House) -> None:
     assert (await refused(house, HI, "/v1beta/models/other:generateContent"))[1]["status"] == "NOT_FOUND"
+    for name in ("other:one", "", "a%0Ab", "%C3%85%1B", "a/b"):
+        assert (await refused(house, HI, f"/v1/models/{name}:generateContent"))[1]["status"] == "NOT_FOUND"
+        assert (await refused(house, HI, f"/v1beta/models/{name}:countTokens"))[1]["status"] == "NOT_FOUND"
     assert (await refused(house, None, "/v1beta/models/other", "GET"))[1]["status"] == "NOT_FOUND"
     assert (await refused(house, HI, f"{MODEL}:embedContent"))[1]["status"] == "NOT_FOUND"
     assert (await refused(house, HI, f"{MODEL}:streamGenerateContent?alt=xml"))[1]["status"] == "INVALID_ARGUMENT"
