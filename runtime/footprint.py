@@ -34,10 +34,11 @@ _ACTIVATIONS_SHARE = 1 / 3
 _GROUP = 8
 """Query heads of a KV head, at most, in nearly all models; the manifest does not tell. Where attention is explicit, there are
 mostly as many KV heads as query heads; Bloom then took five times its scores."""
-_GUESSED_ROWS = 16
-"""Logit rows of a step that verifies guesses, about."""
-_SAMPLER = 24
-"""Bytes for each logit: probabilities, their logarithms and their sums. From 14 (200 rows) to 23 (96) were measured."""
+_SCORED = 26
+"""Bytes for each logit of a step that scores a prompt's tokens: they, their logarithms and a padded copy. Measured: 24."""
+_SAMPLER = 60
+"""Bytes for each logit of a step that draws at random, under masks and with penalties, from a distribution so flat that all of
+it is sorted. Measured: 60 (64 rows); 39 without masks and penalties; 14 (200 rows) to 23 (96) where 256 tokens were enough."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def footprint(variant: Variant, vocab_size: int, *, slots: int, context: int) ->
     heads = _GROUP * max((layer.kv_heads for layer in variant.layers), default=0)
     # Of one layer, [heads, CHUNK, context] float32 for a prompt and [slots, heads, context] for a decode step.
     scores = heads * max(CHUNK, slots) * context * 4
-    logits = max(slots, _GUESSED_ROWS) * vocab_size * _SAMPLER
+    logits = max(slots * _SAMPLER, ROWS * _SCORED) * vocab_size
     activations = _FLOOR + min(_ACTIVATIONS, int(variant.size * _ACTIVATIONS_SHARE))
     return Footprint(
         slots=slots,

@@ -54,7 +54,9 @@ class OrtEngine:
             for layer in variant.layers
             for dim in [layer.key_dim if part == "key" else layer.value_dim]
         }
-        missing = {*_ADORNING, *(f"past.{name}" for name in self._kv)} - self._input_names
+        self._adorns = self._input_names.issuperset(_ADORNING)
+        """The graph masks, adjusts and tells alternatives; those for GPUs, which run here to be verified, do not."""
+        missing = {f"past.{name}" for name in self._kv} - self._input_names
         if missing:
             raise EngineError(f"{variant.model} has no input {min(missing)!r}; export the model again")
         self._kv_range = np.arange(context, dtype=np.int64)
@@ -69,6 +71,8 @@ class OrtEngine:
         """See `runtime.engine.Engine.step`; the arrays returned are valid until the next step. Raises EngineError."""
         count, seq = batch.input_ids.shape
         rows = len(batch.logit_rows)
+        if batch.draw.adorned and not self._adorns:
+            raise EngineError("the graph takes no masks and adjustments and tells no alternatives; export the model again")
         if rows > len(self._tokens):
             self._tokens, self._logprobs = np.zeros(rows, np.int64), np.zeros(rows, np.float32)
         binding = self._binding(batch.first_slot, count)
@@ -89,10 +93,11 @@ class OrtEngine:
         tokens, logprobs = self._tokens[:rows], self._logprobs[:rows]
         _bind_output(binding, "tokens", tokens)
         _bind_output(binding, "logprobs", logprobs)
-        wanted = rows, batch.draw.alternatives
-        tops = self._tops = np.empty(wanted, np.int64), np.empty(wanted, np.float32)
-        _bind_output(binding, "top_tokens", tops[0])
-        _bind_output(binding, "top_logprobs", tops[1])
+        if self._adorns:
+            wanted = rows, batch.draw.alternatives
+            tops = self._tops = np.empty(wanted, np.int64), np.empty(wanted, np.float32)
+            _bind_output(binding, "top_tokens", tops[0])
+            _bind_output(binding, "top_logprobs", tops[1])
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own

@@ -100,12 +100,22 @@ def test_the_sampler_is_a_plan_too_without_a_branch(exported: Exported) -> None:
     assert not {"CONDITION", "LOOP_OUTPUT"} & set(seen.layers)
 
 
+def test_the_sampler_that_takes_masks_and_adjustments_is_a_plan_too(exported: Exported) -> None:
+    plan = exported.variant.plan
+    assert plan is not None
+    seen = Builder("tensorrt-rtx").inspect(exported.folder / plan.adorned_source)
+
+    assert set(seen.inputs) == {"logits", sampler.MASK, *sampler.INPUTS, *sampler.ADJUSTMENTS}
+    assert set(seen.outputs) == {"tokens", "logprobs", "top_tokens", "top_logprobs"}
+    assert not {"CONDITION", "LOOP_OUTPUT"} & set(seen.layers)
+
+
 def test_serving_reads_the_plans_and_not_what_they_were_built_from(exported: Exported) -> None:
     served = {file.path for file in exported.manifest.served(exported.variant)}
     kept = {file.path for file in exported.variant.files}
 
-    assert {f"{BUILD.name}/model.plan", f"{BUILD.name}/sampler.plan"} <= served
-    assert {f"{BUILD.name}/model.onnx", f"{BUILD.name}/weights.bin", f"{BUILD.name}/sampler.onnx"} == kept - served
+    assert {f"{BUILD.name}/{name}.plan" for name in ("model", "sampler", "adorned")} <= served
+    assert {f"{BUILD.name}/{name}" for name in ("model.onnx", "weights.bin", "sampler.onnx", "adorned.onnx")} == kept - served
 
 
 def test_the_build_tells_how_far_it_is(exported: Exported) -> None:
