@@ -138,7 +138,8 @@ def Adjust(logits, ids, bias, scale, penalty):  # type: ignore[no-untyped-def]
     positive = op.Greater(biased, op.Constant(value_floats=[0.0]))
     changed = op.Sub(op.Where(positive, op.Div(biased, scale), op.Mul(biased, scale)), penalty)
     most, least = op.Constant(value_float=MOST), op.Constant(value_float=-MOST)
-    return op.Clip(op.ScatterElements(logits, ids, changed, axis=1), least, most)
+    # In this order there is one copy of the logits: what Clip gives is scattered into where it stands.
+    return op.ScatterElements(op.Clip(logits, least, most), ids, op.Clip(changed, least, most), axis=1)
 
 
 @script(_domain, default_opset=op)

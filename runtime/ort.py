@@ -64,6 +64,9 @@ class OrtEngine:
         self._tokens = np.zeros(slots, np.int64)
         self._logprobs = np.zeros(slots, np.float32)
         self._tops = np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32)
+        self._unadorned: dict[tuple[int, int], int] = {}
+        """By binding: for how many rows without wishes its mask, adjustments and alternatives are bound; -1 for rows with."""
+        self._no_alternatives = np.zeros(1, np.int64)
         words = -(-vocab_size // 32)
         self._no_mask, self._full_mask = np.zeros((0, words), np.int32), np.full((1, words), -1, np.int32)
 
@@ -85,19 +88,18 @@ class OrtEngine:
             "kv_range": self._kv_range[:longest],
             "kv_longest": longest,
             "logit_rows": batch.logit_rows,
-            **self._draw_feeds(batch.draw),
+            **_draw_feeds(batch.draw),
         }
+        key = batch.first_slot, count
+        if self._adorns and (batch.draw.adorned or self._unadorned.get(key) != rows):
+            feeds |= self._adorn(binding, batch.draw)
+            self._unadorned[key] = -1 if batch.draw.adorned else rows
         for name, array in feeds.items():
             if name in self._input_names:
                 _bind_input(binding, name, array)
         tokens, logprobs = self._tokens[:rows], self._logprobs[:rows]
         _bind_output(binding, "tokens", tokens)
         _bind_output(binding, "logprobs", logprobs)
-        if self._adorns:
-            wanted = rows, batch.draw.alternatives
-            tops = self._tops = np.empty(wanted, np.int64), np.empty(wanted, np.float32)
-            _bind_output(binding, "top_tokens", tops[0])
-            _bind_output(binding, "top_logprobs", tops[1])
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
@@ -127,24 +129,23 @@ class OrtEngine:
         self._kv.clear()
         del self._session
 
-    def _draw_feeds(self, draw: Draw) -> dict[str, npt.NDArray[np.generic]]:
+    def _adorn(self, binding: ort.IOBinding, draw: Draw) -> dict[str, npt.NDArray[np.generic]]:
+        """The inputs for what `draw` wants beyond most steps; what is told of alternatives is bound already."""
+        wanted = len(draw.forced), draw.alternatives
+        tops = self._tops = np.empty(wanted, np.int64), np.empty(wanted, np.float32)
+        _bind_output(binding, "top_tokens", tops[0])
+        _bind_output(binding, "top_logprobs", tops[1])
         mask = draw.mask() if callable(draw.mask) else draw.mask
         adjustments = draw.adjustments or _no_adjustments(len(draw.forced))
         if mask is None:  # without one the graph adjusts nothing
             mask = self._no_mask if draw.adjustments is None else self._full_mask
         return {
-            "temperature": draw.temperature,
-            "top_k": draw.top_k,
-            "top_p": draw.top_p,
-            "min_p": draw.min_p,
-            "uniform": draw.uniform,
-            "forced": draw.forced,
             "mask": np.ascontiguousarray(mask).view(np.uint8),
             "adjust_ids": np.ascontiguousarray(adjustments.ids),
             "adjust_bias": np.ascontiguousarray(adjustments.bias),
             "adjust_scale": np.ascontiguousarray(adjustments.scale),
             "adjust_penalty": np.ascontiguousarray(adjustments.penalty),
-            "alternatives": np.array([draw.alternatives], np.int64),
+            "alternatives": np.array([draw.alternatives]) if draw.alternatives else self._no_alternatives,
         }
 
     def _binding(self, first: int, count: int) -> ort.IOBinding:
@@ -237,6 +238,17 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> npt.NDArray[n
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.ndarray(shape, dtype, buffer=memory)
+
+
+def _draw_feeds(draw: Draw) -> dict[str, npt.NDArray[np.generic]]:
+    return {
+        "temperature": draw.temperature,
+        "top_k": draw.top_k,
+        "top_p": draw.top_p,
+        "min_p": draw.min_p,
+        "uniform": draw.uniform,
+        "forced": draw.forced,
+    }
 
 
 @lru_cache(maxsize=256)
