@@ -1,7 +1,8 @@
 """Run the tests of clients, each group in its own virtual environment, all against one server: `make test-clients`.
 
-A group is a folder here: its tests, and in requirements.txt the exact versions that they run with. The Makefile installs
-them under .venv-clients, apart from engineshed's own dependencies, with which they need not agree.
+A group is a folder here: its tests, and in requirements.txt the exact versions that they run with; its example in docs/clients.md
+is tested beside. The Makefile installs them under .venv-clients, apart from engineshed's own dependencies, with which they need
+not agree.
 """
 
 import os
@@ -23,7 +24,7 @@ def main(groups: list[str]) -> int:
         keys = Path(folder) / "keys.toml"
         command = [sys.executable, "engineshed.py", "keys", "add", "client", f"--file={keys}"]
         key = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
-        with serving(f"--keys={keys}", "--log-level=warning") as server:
+        with serving(f"--keys={keys}", "--context=2048", "--log-level=warning") as server:
             environment = {
                 **os.environ,
                 "ENGINESHED_URL": server.url,
@@ -43,7 +44,9 @@ def passes(group: str, environment: dict[str, str]) -> bool:
     ini = CLIENTS / "pytest.ini"
     options = [f"--config-file={ini}", f"--rootdir={ROOT}", f"--confcutdir={CLIENTS}"]
     print(f"{group}:", flush=True)
-    code = subprocess.run([python, "-m", "pytest", CLIENTS / group, *options], cwd=ROOT, env=environment).returncode
+    tests = [CLIENTS / group, CLIENTS / "test_documented.py"]
+    command = [python, "-m", "pytest", *tests, *options]
+    code = subprocess.run(command, cwd=ROOT, env={**environment, "ENGINESHED_CLIENT": group}).returncode
     print(f"{group}: exit code {code} after {time.monotonic() - begin:.0f} s", flush=True)
     return code == 0
 

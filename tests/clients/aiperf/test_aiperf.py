@@ -44,6 +44,6 @@ def test_every_request_of_a_load_succeeds(tmp_path: Path, url: str, key: str, mo
     assert report["request_count"]["avg"] == REQUESTS
     assert report["error_summary"] == []
     assert "error_request_count" not in report
-    assert report["output_sequence_length"]["min"] == report["output_sequence_length"]["max"] == TOKENS
-    assert report["usage_completion_tokens"]["sum"] == REQUESTS * TOKENS, "the server counts what the tokenizer does"
+    assert report["usage_completion_tokens"]["min"] == report["usage_completion_tokens"]["max"] == TOKENS
+    assert abs(report["output_sequence_length"]["avg"] - TOKENS) < 1, "the text has as many tokens, give or take a split"
     assert report["inter_token_latency"]["avg"] > 0, "the tokens came one after another"
