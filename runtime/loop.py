@@ -272,10 +272,10 @@ class Loop:
             try:
                 sequence.matcher = self._compiling[sequence].result()
             except GrammarError as error:
-                news.append(self._end(sequence, "error", f"the constraint cannot be met: {error}"))
+                news.append(self._end(sequence, "unmet", f"the constraint cannot be met: {error}"))
             except Exception as error:  # whatever llguidance raised concerns this sequence
                 log.exception("a constraint could not be compiled")
-                news.append(self._end(sequence, "error", f"the constraint cannot be compiled: {error}"))
+                news.append(self._end(sequence, "unmet", f"the constraint cannot be compiled: {error}"))
             else:
                 del self._compiling[sequence]
                 self._waiting.push(sequence)
@@ -503,7 +503,7 @@ class Loop:
             shown += sequence.accept(token, self.engine.context)
             if sequence.finish is not None:
                 row = Row("", tokens[:shown], logprobs[:shown], tops=tops[:shown], prompt=scored)
-                failure = sequence.matcher.failure if sequence.matcher is not None and sequence.finish == "error" else ""
+                failure = sequence.matcher.failure if sequence.matcher is not None and sequence.finish == "unmet" else ""
                 return self._end(sequence, sequence.finish, failure and f"the constraint cannot be kept to: {failure}", row)
         if sequence.matcher is not None:
             self._unlooked.append(sequence.matcher)

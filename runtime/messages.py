@@ -17,8 +17,8 @@ HEARTBEAT_SECONDS = 1.0
 PRIORITIES = range(-100, 101)
 """What `Generate.priority` may be."""
 
-Finish = Literal["stop", "length", "cancelled", "error", "timeout"]
-
+Finish = Literal["stop", "length", "cancelled", "error", "timeout", "unmet"]
+"""Why an answer ended; "unmet": it cannot keep to its constraint."""
 
 MOST_ALTERNATIVES = 20
 """What `Generate.top_logprobs` may be at most."""
@@ -161,7 +161,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     cached: int = 0
     """Prompt tokens whose keys and values were reused instead of computed."""
     message: str = ""
-    """With finish "error": what happened; with "timeout": which limit was reached, and how long it waited."""
+    """With finish "error" or "unmet": what happened; with "timeout": which limit was reached, and how long it waited."""
     tops: list[list[tuple[int, float]]] = []
     """For each of `tokens` the `top_logprobs` most likely tokens and their log-probabilities, likeliest first; `[]` where none
     are wanted."""

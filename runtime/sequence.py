@@ -111,7 +111,7 @@ class Sequence:
     def accept(self, token: int, context: int) -> bool:
         """Take the engine's next token; sets `finish` when it was the last. False when the token ends the answer unseen."""
         if self.matcher is not None and self.matcher.failure:
-            self.finish = "error"
+            self.finish = "unmet"
             return False
         if token in self.stop_ids or (self.matcher is not None and token in self.matcher.stop_ids):
             self.finish = "stop"
@@ -122,7 +122,7 @@ class Sequence:
             if self.penalties.over:
                 self.penalties = None
         if self.matcher is not None and self.matcher.take(token):
-            self.finish = "error" if self.matcher.failure else "stop"
+            self.finish = "unmet" if self.matcher.failure else "stop"
         elif len(self.tokens) >= self.request.max_tokens or self.length >= context:
             self.finish = "length"
         return True

@@ -26,7 +26,7 @@ LONGEST = 256 << 10
 """Bytes of a schema, a regular expression or a grammar. OpenAI's limit for schemas comes to less."""
 REMEMBERED = 1024
 """Constraints whose verdict is remembered."""
-MOST_WAITING = 64
+MOST_WAITING = 256
 """Constraints that may wait for theirs."""
 _LONGEST_LINE = 1 << 16
 """Bytes of a verdict."""

@@ -41,6 +41,10 @@ class RequestFailedError(Exception):
     """The engine failed on a request that it had taken."""
 
 
+class RequestUnmetError(Exception):
+    """The answer cannot keep to what the request has it keep to."""
+
+
 class RequestTimedOutError(Exception):
     """The request's own limit of time, to wait or altogether, is over."""
 
@@ -264,6 +268,8 @@ class EngineClient:
         match row.finish:
             case "error":
                 answer.fail(RequestFailedError(row.message))
+            case "unmet":
+                answer.fail(RequestUnmetError(row.message))
             case "timeout":
                 answer.fail(RequestTimedOutError(row.message))
             case "cancelled":

@@ -12,6 +12,7 @@ from server.engine_client import (
     RequestFailedError,
     RequestRefusedError,
     RequestTimedOutError,
+    RequestUnmetError,
     Rows,
     SlowReaderError,
 )
@@ -176,7 +177,14 @@ class Generation:
         self._metrics.generated_tokens.inc(tokens)
 
 
-ENDINGS = (RequestRefusedError, EngineUnavailableError, RequestFailedError, RequestTimedOutError, SlowReaderError)
+ENDINGS = (
+    RequestRefusedError,
+    EngineUnavailableError,
+    RequestFailedError,
+    RequestTimedOutError,
+    RequestUnmetError,
+    SlowReaderError,
+)
 
 
 def told(error: Exception) -> ApiError:
@@ -188,6 +196,8 @@ def told(error: Exception) -> ApiError:
             return bad_request(str(error))
         case EngineUnavailableError():
             return unavailable(str(error))
+        case RequestUnmetError():
+            return bad_request(f"{str(error)[:1].upper()}{str(error)[1:]}.", code="constraint_unmet")
         case RequestTimedOutError():
             return ApiError(504, str(error), code="timeout")
         case SlowReaderError():

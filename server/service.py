@@ -59,10 +59,16 @@ class Service:
     def default(self, task: Task = "text-generation") -> str:
         """The model of a request that names none: the first that is for `task`. Raises ApiError."""
         first = next((model for model in self.roster.models if model.task == task), None)
-        if first is None:
-            what, option = ("No model", "") if task == "text-generation" else ("No model for embeddings", f" --task {task}")
-            raise unavailable(f"{what} can be served: there is no bundle. Build one with: engineshed export{option}")
-        return first.name
+        if first is not None:
+            return first.name
+        if not self.roster.models:
+            raise unavailable("No model can be served: there is no bundle. Build one with: engineshed export")
+        raise ApiError(
+            404,
+            f"This server has no model for {task}. Build one with: engineshed export --task {task}",
+            param="model",
+            code="model_not_found",
+        )
 
     def model(self, name: str) -> Offer:
         """The model of that name; raises ApiError 404."""

@@ -217,7 +217,7 @@ def test_a_recursive_schema(loop: Loop, text: Tokenizer) -> None:
 )
 def test_a_constraint_that_cannot_be_met_ends_its_request_alone(loop: Loop, constraint: Constraint, complaint: str) -> None:
     rows = run(loop, asking("bad", constraint), asking("good", json_schema(PERSON)), asking("free", None, max_tokens=5))
-    assert rows["bad"][-1].finish == "error"
+    assert rows["bad"][-1].finish == "unmet"
     assert complaint in rows["bad"][-1].message
     assert "\n" not in rows["bad"][-1].message
     assert {rows[name][-1].finish for name in ("good", "free")} <= {"stop", "length"}
@@ -230,7 +230,7 @@ def test_a_grammar_that_grows_too_large_half_way_ends_its_request_alone(
     loop = Loop(engine, queue=100, grammars=_grammars(tiny_bundle))
     growing = Constraint("regex", r"(\w{1,100} ){1,100}")
     rows = run(loop, asking("large", growing, 1.0), asking("small", Constraint("regex", "[ab]{9}")))
-    assert rows["large"][-1].finish == "error"
+    assert rows["large"][-1].finish == "unmet"
     assert "too many states" in rows["large"][-1].message
     assert tokens(rows["large"])
     assert rows["small"][-1].finish == "stop"
@@ -415,7 +415,7 @@ def test_the_worker_takes_constraints(tiny_bundle: Path, tmp_path: Path) -> None
             if isinstance(reply, Progress):
                 ended |= {row.id: row for row in reply.rows if row.finish is not None}
     assert ended["good"].finish == "stop"
-    assert (ended["bad"].finish, "unclosed group" in ended["bad"].message) == ("error", True)
+    assert (ended["bad"].finish, "unclosed group" in ended["bad"].message) == ("unmet", True)
     assert ended["free"].finish in ("stop", "length")
 
 

@@ -208,7 +208,9 @@ async def test_a_client_that_takes_nothing_is_dropped(house: House, monkeypatch:
     monkeypatch.setattr(streaming, "SEND_SECONDS", 0.2)
     client, request = await dawdler(house)
     await flood(house, request)
-    await asyncio.sleep(0.5)
+    async with asyncio.timeout(10):
+        while house.service.requests:  # until it has been given up
+            await asyncio.sleep(0.05)
     received = await drained(client)
     assert b"event: error" not in received
     assert not received.endswith(b"0\r\n\r\n"), "the stream must not look whole"
@@ -220,6 +222,17 @@ async def test_a_slow_reader_that_comes_back_is_told_why_its_answer_ends(house: 
     received = await drained(client)
     assert b"event: error" in received
     assert b"slow_reader" in received
+
+
+async def test_an_answer_that_cannot_keep_to_its_form_is_400_with_the_reason(house: House) -> None:
+    asking = asyncio.ensure_future(house.http.post("/v1/completions", json={"prompt": "hi"}))
+    request = await house.worker.next(Generate)
+    message = "the constraint cannot be kept to: too many states"
+    await house.worker.send(Progress([Row(request.id, [], [], "unmet", message=message)]))
+    response = await asking
+    error = (await response.json())["error"]
+    assert (response.status, error["code"]) == (400, "constraint_unmet")
+    assert "too many states" in error["message"]
 
 
 async def test_a_request_that_runs_out_of_time_is_504(house: House) -> None:
