@@ -20,12 +20,10 @@ PEER_TARGETS := $(PEERS)/genai/.installed $(PEERS)/openvino/.installed $(PEERS)/
 	$(PEERS)/llama/.installed $(PEERS)/llama-server/llama-server
 
 # Clients that the server is tested with, each in a virtual environment of its own.
-CLIENTS := openai anthropic google-genai litellm langchain-openai instructor llm
-# The load generator is 1.2 GB.
-ALL_CLIENTS := $(CLIENTS) aiperf
+CLIENTS := openai anthropic google-genai litellm langchain-openai instructor llm aiperf
 CLIENT_VENVS := .venv-clients
 
-.PHONY: help serve export test check unit e2e clients test-clients $(ALL_CLIENTS:%=test-clients-%) soak page sweep
+.PHONY: help serve export test check unit e2e test-clients $(CLIENTS:%=test-clients-%) soak page sweep
 .PHONY: bench bench-peers bench-served microbench test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
@@ -35,8 +33,8 @@ help:  ## show this
 	@echo "make test    set up, lint, types, and every test on the real model"
 	@echo "make check   lint and types          make unit   with tiny models         make e2e   the real model and server"
 	@echo "make page    the page at / in a real Chromium, over the real model and server"
-	@echo "make clients      what people use to talk to such servers, each installed apart, against the real one; test-clients: with aiperf"
-	@echo "make test-clients-NAME one of: $(ALL_CLIENTS)"
+	@echo "make test-clients      clients that people use, each installed apart, against the real server"
+	@echo "make test-clients-NAME one of: $(CLIENTS)"
 	@echo "make soak    [SOAK=1800] seconds of requests, hang-ups, errors and deaths over the default model: memory stays flat, nothing hangs"
 	@echo "make bench   latency and throughput of the default model's engines, beside the peers that are installed"
 	@echo "make bench-served  the server over HTTP, beside llama.cpp's"
@@ -60,7 +58,7 @@ serve: $(INSTALLED)  ## the default model, over HTTP
 export: $(INSTALLED)
 	$(BIN)/engineshed export $(EXPORT_FLAGS) $(MODEL)
 
-test: check unit e2e page clients
+test: check unit e2e page test-clients
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -86,15 +84,11 @@ page: $(INSTALLED)
 	$(BIN)/engineshed export --if-missing --recipe tests/data/e2e.toml
 	$(BIN)/pytest tests/page
 
-test-clients: $(INSTALLED) $(ALL_CLIENTS:%=$(CLIENT_VENVS)/%/.installed)
-	@$(BIN)/engineshed export --if-missing
-	$(BIN)/python -m tests.clients.run $(ALL_CLIENTS)
-
-clients: $(INSTALLED) $(CLIENTS:%=$(CLIENT_VENVS)/%/.installed)
+test-clients: $(INSTALLED) $(CLIENTS:%=$(CLIENT_VENVS)/%/.installed)
 	@$(BIN)/engineshed export --if-missing
 	$(BIN)/python -m tests.clients.run $(CLIENTS)
 
-$(ALL_CLIENTS:%=test-clients-%): test-clients-%: $(INSTALLED) $(CLIENT_VENVS)/%/.installed
+$(CLIENTS:%=test-clients-%): test-clients-%: $(INSTALLED) $(CLIENT_VENVS)/%/.installed
 	@$(BIN)/engineshed export --if-missing
 	$(BIN)/python -m tests.clients.run $*
 

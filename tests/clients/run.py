@@ -1,8 +1,8 @@
 """Run the tests of clients, each group in its own virtual environment, all against one server: `make test-clients`.
 
-A group is a folder here: its tests, and in requirements.txt the exact versions that they run with; its example in docs/clients.md
-is tested beside. The Makefile installs them under .venv-clients, apart from engineshed's own dependencies, with which they need
-not agree.
+A group is a folder here: its tests, and in requirements.txt the exact versions that they run with. Its example in
+docs/clients.md is tested as well. The Makefile installs them under .venv-clients, apart from engineshed's own dependencies,
+with which they need not agree.
 """
 
 import os
@@ -44,8 +44,8 @@ def passes(group: str, environment: dict[str, str]) -> bool:
     ini = CLIENTS / "pytest.ini"
     options = [f"--config-file={ini}", f"--rootdir={ROOT}", f"--confcutdir={CLIENTS}"]
     print(f"{group}:", flush=True)
-    tests = [CLIENTS / group, CLIENTS / "test_documented.py"]
-    command = [python, "-m", "pytest", *tests, *options]
+    tests = [str(CLIENTS / group), str(CLIENTS / "test_documented.py")]
+    command = [str(python), "-m", "pytest", *tests, *options]
     code = subprocess.run(command, cwd=ROOT, env={**environment, "ENGINESHED_CLIENT": group}).returncode
     print(f"{group}: exit code {code} after {time.monotonic() - begin:.0f} s", flush=True)
     return code == 0
