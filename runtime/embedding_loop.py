@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from runtime.counters import Counters
 from runtime.encoder import Embedder
 from runtime.engine import DeviceLost, Float32
 from runtime.footprint import TEXT_TOKENS, VECTOR_BYTES
-from runtime.loop import Counters, News
+from runtime.loop import News
 from runtime.messages import MOST_INPUTS, PRIORITIES, Embed, Embedded, Finish, Refused, Row
 from runtime.texts import Batch, Texts, padding
 

@@ -5,21 +5,22 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
 import numpy as np
 
-from runtime import tally
+from runtime import admission
+from runtime.counters import Counters
 from runtime.draft import Drafter
 from runtime.engine import Batch, DeviceLost, Draw, Engine
 from runtime.grammar import PATIENCE, GrammarError, Grammars, Matcher
-from runtime.messages import PRIORITIES, Finish, Generate, Refused, Row, Scored
+from runtime.messages import Finish, Generate, Refused, Row, Scored
 from runtime.pace import Pace
 from runtime.penalties import Penalties
 from runtime.queue import Deadlines, Queue
-from runtime.sampling import UNKNOWN, Place, draw, flaw
+from runtime.sampling import UNKNOWN, Place, draw
 from runtime.sequence import Sequence
 from runtime.slots import Slots
 from runtime.speculation import Lookup, Plan, worthwhile
@@ -38,56 +39,6 @@ With 8 slots it is what 64 requests can come to at most, which is how many may w
 _TILE = 16
 _NAP = 0.005
 """Seconds that an iteration waits for a constraint to be compiled where there is nothing else to do."""
-
-
-@dataclass
-class Counters:
-    """What the loop has done since its start."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    """Computed; those found in a slot are not among them."""
-    cached_tokens: int = 0
-    """Prompt tokens that were found in a slot."""
-    generated_tokens: int = 0
-    guessed_tokens: int = 0
-    """Tokens that were guessed and verified."""
-    accepted_tokens: int = 0
-    """Of these, the right ones; they are among the generated tokens."""
-    step_seconds: float = 0.0
-    decode_steps: int = 0
-    """Of the steps, those that gave every row its next token."""
-    rows: int = 0
-    """Rows of these, without those that only came along."""
-    queue_seconds: float = 0.0
-    """That requests waited for a slot, whether they got one or not; without those that still wait."""
-    timeouts: int = 0
-    """Requests that ran out of time."""
-    finished: int = 0
-    """Requests that ended with finish "stop" or "length"."""
-    queue_counts: list[int] = field(default_factory=lambda: tally.empty(tally.QUEUE_SECONDS))
-    """Of the requests whose waiting `queue_seconds` sums up."""
-    step_counts: list[int] = field(default_factory=lambda: tally.empty(tally.STEP_SECONDS))
-    """Of the steps."""
-    batch_counts: list[int] = field(default_factory=lambda: tally.empty(tally.BATCH_ROWS))
-    """Of the decode steps."""
-
-    def waited(self, seconds: float) -> None:
-        """A request waits no longer."""
-        self.queue_seconds += seconds
-        tally.observe(self.queue_counts, tally.QUEUE_SECONDS, seconds)
-
-    def stepped(self, seconds: float) -> None:
-        """The engine has done a step."""
-        self.steps += 1
-        self.step_seconds += seconds
-        tally.observe(self.step_counts, tally.STEP_SECONDS, seconds)
-
-    def decoded(self, rows: int) -> None:
-        """A step has given each of `rows` rows its next token."""
-        self.decode_steps += 1
-        self.rows += rows
-        tally.observe(self.batch_counts, tally.BATCH_ROWS, rows)
 
 
 _NOTHING = Row("", [], [])
@@ -197,32 +148,13 @@ class Loop:
             self._end(sequence, "cancelled")
 
     def _refusal(self, sequence: Sequence) -> Refused | None:
-        request, context = sequence.request, self.engine.context
-        length = len(request.prompt)
-        if length >= context:
-            message = f"the prompt has {length} tokens; the context holds {context}, prompt and answer together"
-            return Refused(request.id, "prompt too long", message)
-        if not request.prompt or request.max_tokens < 1:
-            return Refused(request.id, "bad request", "a request needs a prompt and max_tokens of at least 1")
-        if not all(0 <= token < self.engine.vocab_size for token in request.prompt):
-            message = f"the prompt has a token outside the vocabulary of {self.engine.vocab_size}"
-            return Refused(request.id, "bad request", message)
-        if len(request.prediction) > context:
-            message = f"the prediction has {len(request.prediction)} tokens; the context holds {context}"
-            return Refused(request.id, "bad request", message)
-        if request.priority not in PRIORITIES:
-            message = f"priority is {request.priority}; it goes from {PRIORITIES[0]} to {PRIORITIES[-1]}"
-            return Refused(request.id, "bad request", message)
-        if not (request.queue_seconds >= 0 and request.total_seconds >= 0):  # of NaN neither is true
-            return Refused(request.id, "bad request", "queue_seconds and total_seconds are 0, for no limit, or more")
-        unsound = flaw(request, self.engine.vocab_size)
-        if unsound is not None:
-            return Refused(request.id, "bad request", unsound)
-        if request.constraint is not None and self.grammars is None:
-            return Refused(request.id, "bad request", "this engine takes no constraints")
+        request = sequence.request
+        refused = admission.refusal(request, self.engine, constrains=self.grammars is not None)
+        if refused is not None:
+            return refused
         if sequence.key in self._by_key:
             return Refused(request.id, "bad request", f"request {request.id!r} is running already")
-        full = self._full(sequence.most(context))
+        full = self._full(sequence.most(self.engine.context))
         return None if full is None else Refused(request.id, "queue full", full)
 
     def _full(self, tokens: int) -> str | None:

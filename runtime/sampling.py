@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runtime.engine import MOST_NAMED, Draw, Int32
-from runtime.messages import MOST_ALTERNATIVES, Generate, Sampling
-from runtime.penalties import BAN, Changes, together
+from runtime.engine import Draw, Int32
+from runtime.messages import Sampling
+from runtime.penalties import Changes, together
 from runtime.sequence import Sequence
 
 _MASK = 2**64 - 1
@@ -78,33 +78,6 @@ def _masks(places: list[Place]) -> Int32 | None:
 def _changes(place: Place) -> Changes | None:
     penalties = place.sequence.penalties
     return None if penalties is None or place.forced >= 0 else penalties.after(place.guesses)
-
-
-def flaw(request: Generate, vocab_size: int) -> str | None:
-    """What of a request's sampling is no number that the engine can compute with, in a sentence; None where all is well."""
-    sampling = request.sampling
-    numbers = {
-        name: getattr(sampling, name)
-        for name in ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
-    }
-    for name, value in numbers.items():
-        if not abs(value) <= BAN:  # of NaN this is not true either
-            return f"{name} is {value}; it is a number of at most {BAN:g}"
-    if not sampling.repetition_penalty >= 1 / BAN:
-        return f"repetition_penalty is {sampling.repetition_penalty}; it is more than 0"
-    named = len(sampling.logit_bias) + len(request.stop_ids)
-    if named > MOST_NAMED:
-        return f"logit_bias and stop_ids name {named} tokens together; they name at most {MOST_NAMED}"
-    for token, bias in sampling.logit_bias.items():
-        if not 0 <= token < vocab_size:
-            return f"logit_bias names token {token}, which is outside the vocabulary of {vocab_size}"
-        if not abs(bias) <= BAN:
-            return f"logit_bias of token {token} is {bias}; it is a number of at most {BAN:g}"
-    if not 0 <= request.top_logprobs <= MOST_ALTERNATIVES:
-        return f"top_logprobs is {request.top_logprobs}; it goes from 0 to {MOST_ALTERNATIVES}"
-    if not 0 <= request.min_tokens <= request.max_tokens:
-        return f"min_tokens is {request.min_tokens}; it goes from 0 to max_tokens, {request.max_tokens}"
-    return None
 
 
 def uniform(seed: int, index: int) -> float:

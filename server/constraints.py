@@ -19,6 +19,7 @@ import msgspec
 
 from runtime.bundle import TOKENIZER, Bundle
 from runtime.messages import Constraint
+from server.closing import closed
 from server.compiling import Question, Verdict, Vocabulary
 from server.errors import bad_request, unavailable
 
@@ -40,11 +41,14 @@ def json_object() -> Constraint:
 
 
 def json_schema(schema: Any, *, of: str) -> Constraint:
-    """JSON that `schema` describes: a dictionary or True, from the body's field `of`. Raises ApiError 400."""
+    """JSON that `schema` describes: a dictionary or True, from the body's field `of`. Raises ApiError 400.
+
+    Objects have no properties but those that are named, where some are; see `closing`.
+    """
     if not isinstance(schema, dict) and schema is not True:
         raise bad_request(f"The value of {of!r} must be a JSON schema, which is an object.", of)
     try:
-        source = msgspec.json.encode({} if schema is True else schema).decode()
+        source = msgspec.json.encode({} if schema is True else closed(schema)).decode()
     except RecursionError:
         raise bad_request(f"The JSON schema in {of!r} is nested too deeply.", of) from None
     return _bounded(Constraint("json_schema", source), of)

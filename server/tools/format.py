@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+from server.closing import closed
 from server.tools.calls import Call, Tool
 from server.tools.reading import Parser, Reader, Steps
 
@@ -16,11 +17,6 @@ MOST_CALLS = 32
 """Of an answer that has to be of calls; a small model might otherwise go on calling for as long as it may."""
 _TEXT = r"TEXT: /(.|\n)*/"
 
-_OPEN_SCHEMA = frozenset(
-    {"additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties"}
-    | {"allOf", "anyOf", "oneOf", "if", "dependentSchemas", "$ref", "$dynamicRef"}
-)
-"""Keywords of a schema for an object that may have or need more properties than those under `properties`."""
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """How arguments are spaced where the answer is constrained. With any whitespace allowed, a small model may write nothing else
 for the rest of its answer."""
@@ -149,10 +145,5 @@ def _arguments(tool: Tool) -> str:
     if tool.parameters is None:
         return literal("{}")
     # Its own document, so that references into it hold.
-    schema = tool.parameters | {"type": "object", "x-guidance": _COMPACT | {"lenient": not tool.strict}}
-    properties, required = schema.get("properties"), schema.get("required", [])
-    closed = isinstance(properties, dict) and isinstance(required, list) and not _OPEN_SCHEMA & schema.keys()
-    if closed and properties and all(isinstance(name, str) and name in properties for name in required):
-        # Nobody means arguments that the tool does not have; a model that may invent names does.
-        schema["additionalProperties"] = False
+    schema = closed(tool.parameters | {"type": "object"}) | {"x-guidance": _COMPACT | {"lenient": not tool.strict}}
     return f"%json {json.dumps(schema)}"
