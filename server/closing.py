@@ -1,8 +1,8 @@
 """JSON schemas whose objects have the properties that are named, and no others.
 
-A schema that says nothing of further properties allows them, and hardly anybody means it: a small model that may invent more and
-more of them does, until max_tokens. OpenAI wants `additionalProperties: false` written out where a schema is strict; vLLM's grammars
-assume it, and so does this server. What fits the closed schema fits the one that the client sent.
+A schema that says nothing of further properties allows them, and hardly anybody means it: a small model that may invent more
+and more of them does, until max_tokens. OpenAI wants `additionalProperties: false` written out where a schema is strict, vLLM's
+grammars assume it, and so does this server. What fits the closed schema fits the one that the client sent.
 """
 
 from collections.abc import Iterator
