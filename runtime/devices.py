@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import msgspec
 
+CPU_SLOTS = 8
+"""Slots of an engine on a CPU unless somebody says otherwise; on a GPU its free memory decides."""
 CUDA = "13.0"
 """The CUDA version that a driver has to support for the libraries that the extras install."""
 CAPABILITY = "7.5"

@@ -11,13 +11,11 @@ import msgspec
 
 from runtime import bundle, devices, ort
 from runtime.bundle import Bundle, BundleError, Variant
-from runtime.devices import GPU_MEMORY, LOGIT_ROWS, Device, Gpu
+from runtime.devices import CPU_SLOTS, GPU_MEMORY, LOGIT_ROWS, Device, Gpu
 from runtime.engine import Engine, EngineError
 
 Provider = Literal["cuda", "tensorrt", "tensorrt-rtx"]
 
-CPU_SLOTS = 8
-"""Slots on a CPU where nobody says how many."""
 MOST_SLOTS = 64
 """Slots on a GPU where nobody says how many and its memory has room for more."""
 _ROW_MULTIPLE = 16

@@ -15,12 +15,12 @@ import zmq
 
 from runtime import devices, encoder, logs, messages, orphan
 from runtime.bundle import MANIFEST, TOKENIZER, Bundle, BundleError, Variant, read, sha256
-from runtime.devices import GPU_MEMORY, DeviceError
+from runtime.devices import CPU_SLOTS, GPU_MEMORY, DeviceError
 from runtime.draft import Drafter
 from runtime.embedding_loop import Done, EmbeddingLoop
 from runtime.engine import DeviceLost, EngineError
 from runtime.grammar import Grammars
-from runtime.loading import CPU_SLOTS, MOST_SLOTS, Placement, default_cache, start
+from runtime.loading import MOST_SLOTS, Placement, default_cache, start
 from runtime.loop import QUEUE_FILLS, Loop, News
 from runtime.messages import Attach, Cancel, Embed, Generate, Heartbeat, Progress, Ready, Refused
 

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from runtime import devices, logs
-from runtime.devices import Device, DeviceError
+from runtime.devices import CPU_SLOTS, Device, DeviceError
 from server import settings
-from server.supervision.launch import CONTEXT, CPU_SHARE, CPU_SLOTS, bytes_of
+from server.supervision.launch import CONTEXT, CPU_SHARE, bytes_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from runtime import devices
 from runtime.bundle import MANIFEST, BundleError, Variant
-from runtime.devices import LOGIT_ROWS, WORKSPACE, DeviceError
+from runtime.devices import CPU_SLOTS, LOGIT_ROWS, WORKSPACE, DeviceError
 from runtime.footprint import encoder_footprint, footprint
 from server.supervision.catalog import Catalog, Entry
 from server.supervision.placement import Seat
@@ -18,8 +18,6 @@ from server.supervision.process import command
 
 CONTEXT = 4096
 """Tokens a slot holds unless the model has fewer or somebody says otherwise: memory grows with it."""
-CPU_SLOTS = 8
-"""Slots of a worker on the CPU unless somebody says otherwise; on a GPU its free memory decides."""
 
 Positive = Annotated[int, Meta(ge=1)]
 
