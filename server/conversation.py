@@ -1,19 +1,24 @@
 """A chat, whichever API asks for it: its turns laid out by the model's template, its tools, the form of its answer."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from aiohttp import web
 
+from runtime.text import TextError
 from server import constraints
 from server.asked import Asked
 from server.choices import Choices
 from server.errors import bad_request
-from server.served import Served
+from server.served import LONG_TEXT, Served
 from server.service import SERVICE
 from server.tools import ConversationError, Format, Tool, prepare
+
+T = TypeVar("T")
 
 
 class Named(msgspec.Struct, frozen=True):
@@ -61,7 +66,7 @@ async def converse(request: web.Request, model: str | None, chat: Chat) -> Async
         prompt = await tokenize(served, chat)
         asked, calling = chat.asked, None
         if chat.callable:
-            asked = _calling(chat, served.tools)
+            asked = await _aside(chat, partial(_calling, chat, served.tools))
             calling = [tool.name for tool in chat.callable]
         expected = chat.prediction
         prediction = await served.tokenize(expected, of="prediction", special=False) if expected else []
@@ -72,33 +77,70 @@ async def converse(request: web.Request, model: str | None, chat: Chat) -> Async
 
 
 async def tokenize(served: Served, chat: Chat) -> list[int]:
-    """The tokens of the chat's prompt. Raises ApiError."""
-    if chat.continue_final_message and (not chat.messages or chat.messages[-1].get("tool_calls")):
-        raise bad_request("The last message calls tools; there is nothing in it to continue.", chat.fields.messages)
+    """The tokens of the chat's prompt, up to where its answer begins. Raises ApiError."""
+    return await _aside(chat, partial(_prompt, served, chat))
+
+
+def _prompt(served: Served, chat: Chat) -> list[int]:
+    of = chat.fields.messages
+    if chat.continue_final_message and not chat.messages:
+        raise bad_request("There is no message to continue.", of)
+    if chat.continue_final_message and chat.messages[-1].get("tool_calls"):
+        raise bad_request("The last message calls tools; there is nothing in it to continue.", of)
     try:
         messages, described = prepare(chat.messages, chat.callable, served.tools, served.text.shape)
+        return served.text.chat(
+            messages,
+            tools=described,
+            add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
+            continue_final_message=chat.continue_final_message,
+            options=chat.template_options,
+        )
     except ConversationError as error:
-        raise bad_request(f"{error}.", chat.fields.messages) from None
-    return await served.tokenize_chat(
-        messages,
-        of=chat.fields.messages,
-        tools=described,
-        add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
-        continue_final_message=chat.continue_final_message,
-        options=chat.template_options,
-    )
+        raise bad_request(f"{error}.", of) from None
+    except TextError as error:
+        raise bad_request(str(error), of) from None
+
+
+async def _aside(chat: Chat, work: Callable[[], T]) -> T:
+    """What `work` gives, which takes time in proportion to the chat: in a thread where streams would have to wait for it."""
+    tools = [(tool.description, tool.parameters) for tool in chat.tools]
+    return await asyncio.to_thread(work) if _characters((chat.messages, tools, chat.template_options)) > LONG_TEXT else work()
+
+
+def _characters(value: object) -> int:
+    """Of all texts in a JSON value."""
+    match value:
+        case str():
+            return len(value)
+        case Mapping():
+            return sum(map(len, value)) + sum(map(_characters, value.values()))
+        case list() | tuple():
+            return sum(map(_characters, value))
+        case _:
+            return 0
 
 
 def _calling(chat: Chat, format: Format) -> Asked:
     """How an answer is made that may call tools: calls that must come, or must be valid, are constrained to their schemas."""
-    of, tools = chat.fields.tools, chat.callable
+    of = chat.fields.tools
+    try:
+        grammar = _grammar(chat, format)
+    except ConversationError as error:
+        raise bad_request(f"{error}.", of) from None
+    if grammar is None:
+        return chat.asked
+    return msgspec.structs.replace(chat.asked, constraint=constraints.lark(grammar, of=of), form=of)
+
+
+def _grammar(chat: Chat, format: Format) -> str | None:
+    tools = chat.callable
     match chat.choice:
         case Named(name):
-            grammar = format.grammar(tools, name=name)
+            return format.grammar(tools, name=name)
         case "required":
-            grammar = format.grammar(tools, parallel=chat.parallel)
-        case _ if any(tool.strict for tool in tools) and chat.asked.constraint is None:
-            grammar = format.grammar(tools, required=False, parallel=chat.parallel)
+            return format.grammar(tools, parallel=chat.parallel)
+        case _ if (not chat.parallel or any(tool.strict for tool in tools)) and chat.asked.constraint is None:
+            return format.grammar(tools, required=False, parallel=chat.parallel)
         case _:
-            return chat.asked
-    return msgspec.structs.replace(chat.asked, constraint=constraints.lark(grammar, of=of), form=of)
+            return None

@@ -11,6 +11,14 @@ class Limits(msgspec.Struct, frozen=True):
     total_seconds: float = 0.0
     """Until its last token."""
 
+    def after(self, seconds: float) -> "Limits":
+        """What is left of them once `seconds` have gone by: always something, so that it stays a limit."""
+        return Limits(_left(self.queue_seconds, seconds), _left(self.total_seconds, seconds))
+
+
+def _left(limit: float, taken: float) -> float:
+    return max(limit - taken, 0.001) if limit else 0.0
+
 
 class Doors(msgspec.Struct, frozen=True, kw_only=True):
     """Addresses, keys and certificates; only text, so that nothing is imported for it."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import time
 
 import msgspec
 import numpy as np
@@ -10,16 +10,14 @@ import numpy.typing as npt
 from aiohttp import web
 
 from runtime.messages import Embed, Embedded
-from runtime.text import TextError
 from server.access import CLIENT
 from server.attempts import LOOK_SECONDS, MOST, PATIENCE_SECONDS
 from server.doors import Limits
 from server.engine_client import EngineClient, EngineUnavailableError
-from server.errors import bad_request
 from server.generation import ENDINGS, told
 from server.journal import ENTRY
 from server.replicas import least_busy
-from server.served import LONG_TEXT, Served
+from server.served import Served
 
 Floats = npt.NDArray[np.float32]
 
@@ -47,27 +45,13 @@ class Counted(msgspec.Struct, frozen=True):
 class Embedder(Served):
     """One build of a model for embeddings behind one engine, which may run on several devices."""
 
-    async def tokenize_all(self, texts: Sequence[str], most: int | None) -> list[list[int]]:
-        """The tokens of each of `texts`, cut to `most` where that is given. Raises ApiError 400 that names the text."""
-        if sum(map(len, texts)) > LONG_TEXT:
-            return await asyncio.to_thread(self._tokenize_all, texts, most)
-        return self._tokenize_all(texts, most)
-
-    def _tokenize_all(self, texts: Sequence[str], most: int | None) -> list[list[int]]:
-        tokens = []
-        for number, text in enumerate(texts):
-            try:
-                tokens.append(self.text.encode(text) if most is None else self.text.encode_within(text, most))
-            except TextError as error:
-                raise bad_request(f"Of input[{number}]: {error}.", f"input[{number}]") from None
-        return tokens
-
     async def embed(self, request: web.Request, inputs: list[list[int]], limits: Limits) -> Floats:
         """The embeddings [inputs, dimensions] of `inputs`, none of them empty or longer than the model takes.
 
         An engine that stops before it answers is asked for once more, or the one that takes its place. Raises ApiError.
         """
         tokens = sum(map(len, inputs))
+        left = limits.after(time.perf_counter() - request[ENTRY].arrived)
         request[ENTRY].model = self.name
         request[ENTRY].answer = Counted(EmbeddingUsage(tokens, tokens))
         wanted = Embed(
@@ -75,8 +59,8 @@ class Embedder(Served):
             inputs=inputs,
             client=request[CLIENT].name,
             priority=request[CLIENT].priority,
-            queue_seconds=limits.queue_seconds,
-            total_seconds=limits.total_seconds,
+            queue_seconds=left.queue_seconds,
+            total_seconds=left.total_seconds,
         )
         try:
             embedded, device = await self._ask(wanted)

@@ -55,7 +55,7 @@ def choose(replicas: Sequence[Replica], prompts: Prompts, prompt: Sequence[int])
 
     Computing a prompt again costs less than waiting for a slot.
     """
-    ready = {replica.device: connection for replica in replicas for connection in _ready([replica])}
+    ready = {replica.device: connection for replica in replicas for connection in ready_ones([replica])}
     holder = prompts.holder(prompt) if len(ready) > 1 else None
     connection = ready.get(holder) if holder is not None else None
     if connection is None or _outstanding(connection)[0]:
@@ -73,10 +73,11 @@ def least_busy(replicas: Iterable[Replica]) -> tuple[EngineClient, Ready] | None
     devices may differ in slots: none waits while another device has a free one, none is refused while another's queue has room.
     The order decides ties so that a lone conversation stays with the worker that still holds its prompt.
     """
-    return min(_ready(replicas), key=_outstanding, default=None)
+    return min(ready_ones(replicas), key=_outstanding, default=None)
 
 
-def _ready(replicas: Iterable[Replica]) -> list[tuple[EngineClient, Ready]]:
+def ready_ones(replicas: Iterable[Replica]) -> list[tuple[EngineClient, Ready]]:
+    """The connections to the replicas that take requests."""
     connections = [(replica.client, replica.client.ready) for replica in replicas if replica.client is not None]
     return [(client, ready) for client, ready in connections if ready is not None]
 

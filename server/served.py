@@ -1,11 +1,12 @@
 """One model as requests use it: its text, and the way to its engines."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from runtime.bundle import Bundle, Variant
@@ -22,7 +23,7 @@ from server.errors import bad_request, unavailable
 from server.generation import Generation
 from server.journal import ENTRY
 from server.metrics import Metrics
-from server.replicas import Prompts, Replica, choose, least_busy
+from server.replicas import Prompts, Replica, choose, least_busy, ready_ones
 from server.tools import format_of
 
 LONG_TEXT = 10_000
@@ -69,7 +70,7 @@ class Served:
 
     def check_tokens(self, tokens: list[int], *, of: str = "prompt") -> None:
         """Raise ApiError 400 if one of the `tokens` in the body's field `of` is not in the vocabulary."""
-        for token in tokens:
+        for token in (min(tokens), max(tokens)) if tokens else ():
             if not 0 <= token < self.bundle.vocab_size:
                 raise bad_request(f"The token {token} in {of!r} is not between 0 and {self.bundle.vocab_size - 1}.", of)
 
@@ -82,22 +83,27 @@ class Served:
         """The tokens of the text in the body's field `of`, with the beginning-of-sequence token if `special` and the model
         has one; raises ApiError 400.
         """
-        encode = partial(self.text.encode, text, special=special)
-        try:
-            return await asyncio.to_thread(encode) if len(text) > LONG_TEXT else encode()
-        except TextError as error:
-            raise bad_request(str(error), of) from None
+        return (await self.tokenize_all([text], of=of, special=special))[0]
 
-    async def tokenize_chat(self, messages: Sequence[Mapping[str, Any]], *, of: str = "messages", **layout: Any) -> list[int]:
-        """The tokens of a chat in the model's own template, up to where its answer begins; raises ApiError 400.
+    async def tokenize_all(
+        self, texts: Sequence[str], *, of: str, special: bool = True, most: int | None = None
+    ) -> list[list[int]]:
+        """The tokens of each of the texts in the body's field `of`, cut to `most` where that is given; raises ApiError 400."""
+        long = sum(map(len, texts)) > LONG_TEXT
+        return (
+            await asyncio.to_thread(self._encode, texts, of, special, most) if long else self._encode(texts, of, special, most)
+        )
 
-        `layout` are the keyword arguments of `runtime.text.Text.chat`, `of` is the body's field for the messages.
-        """
-        chat = partial(self.text.chat, messages, **layout)
-        try:
-            return await asyncio.to_thread(chat) if _characters(messages) > LONG_TEXT else chat()
-        except TextError as error:
-            raise bad_request(str(error), of) from None
+    def _encode(self, texts: Sequence[str], of: str, special: bool, most: int | None) -> list[list[int]]:
+        tokens = []
+        for number, text in enumerate(texts):
+            try:
+                tokens.append(self.text.encode(text, special=special) if most is None else self.text.encode_within(text, most))
+            except TextError as error:
+                if len(texts) == 1:
+                    raise bad_request(str(error), of) from None
+                raise bad_request(f"Of {of}[{number}]: {error}.", f"{of}[{number}]") from None
+        return tokens
 
     @asynccontextmanager
     async def answers(
@@ -121,35 +127,39 @@ class Served:
         self._check_ids("stop_token_ids", asked.stop_ids)
         if asked.constraint is not None:
             await constraints.check(asked.constraint, self._vocabulary, of=asked.form)
-        starts = [
-            [
-                partial(self._generate, request, prompt, asked, nth, of, limits, prediction, calling)
-                for nth in range(asked.count)
-            ]
-            for prompt in prompts
-        ]
-        connection = least_busy(self._replicas)
-        async with Choices(starts, connection[1].slots if connection is not None else 1) as choices:
+        arrived = request[ENTRY].arrived
+        ready = [connection[1] for connection in ready_ones(self._replicas)] or [self._last()]
+        for prompt in prompts:  # before the first of them is answered
+            _room(ready[0], asked, prompt, of)
+        limits = msgspec.structs.replace(limits.after(time.perf_counter() - arrived), total_seconds=limits.total_seconds)
+        start = partial(self._generate, request, asked, of, limits, prediction, calling)
+        starts = [[partial(start, prompt, nth) for nth in range(asked.count)] for prompt in prompts]
+        async with Choices(starts, sum(each.slots for each in ready)) as choices:
             request[ENTRY].model, request[ENTRY].answer = self.name, choices
             yield choices
+
+    def _last(self) -> Ready:
+        """What the engine said of itself that took the last request. Raises ApiError 503 where none has."""
+        if self._ready is None:
+            raise unavailable("The engine is not ready. Try again in a moment.")
+        return self._ready
 
     @contextmanager
     def _generate(
         self,
         request: web.Request,
-        prompt: list[int],
         asked: Asked,
-        nth: int,
         of: str,
         limits: Limits,
         prediction: Sequence[int],
         calling: Collection[str] | None,
+        prompt: list[int],
+        nth: int,
     ) -> Iterator[Generation]:
-        connection = choose(self._replicas, self._prompts, prompt)
-        client, ready = connection or (None, self._ready)
-        if ready is None:
-            raise unavailable("The engine is not ready. Try again in a moment.")
+        """`limits`: its `total_seconds` are counted from the request's arrival, for all of its answers."""
+        client, ready = choose(self._replicas, self._prompts, prompt) or (None, self._last())
         self._ready = ready
+        total = limits.after(time.perf_counter() - request[ENTRY].arrived).total_seconds
         room = _room(ready, asked, prompt, of)
         wanted = Generate(
             id="",
@@ -166,7 +176,7 @@ class Served:
             client=request[CLIENT].name,
             priority=request[CLIENT].priority,
             queue_seconds=limits.queue_seconds,
-            total_seconds=limits.total_seconds,
+            total_seconds=total,
         )
         device = next((replica.device for replica in self._replicas if replica.client is client), self._replicas[0].device)
         with Attempts(wanted, client, self._other) as answer:
@@ -204,16 +214,3 @@ def _room(ready: Ready, asked: Asked, prompt: list[int], of: str) -> int:
             "context_length_exceeded",
         )
     return context - length if wanted is None else wanted
-
-
-def _characters(value: object) -> int:
-    """Of all texts in a JSON value."""
-    match value:
-        case str():
-            return len(value)
-        case Mapping():
-            return sum(map(_characters, value.values()))
-        case list() | tuple():
-            return sum(map(_characters, value))
-        case _:
-            return 0

@@ -1,6 +1,5 @@
 """What the routes share: the models there are, and how long a request may wait for one."""
 
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from runtime.bundle import Task
 from server.doors import Limits
 from server.errors import ApiError, bad_request, unavailable
 from server.fleet import Action, Offer, Outcome, Status
-from server.journal import ENTRY
 from server.metrics import Metrics
 from server.roster import Roster
 from server.served import Served
@@ -91,28 +89,19 @@ class Service:
     async def lease(
         self, request: web.Request, name: str | None, task: Task = "text-generation"
     ) -> AsyncIterator[tuple[Served, Limits]]:
-        """The model that a request names, which must be for `task`, loaded, and what is left of the request's time.
-
-        Raises ApiError.
+        """The model that a request names, which must be for `task`, loaded, and the limits of the request's time, counted from
+        its arrival. Raises ApiError.
         """
         if self.draining:
             raise unavailable("The server is shutting down.")
         chosen = self.default(task) if name is None else _suited(self.model(name), task).name
         limits = [seconds for seconds in (self.limits.queue_seconds, self.limits.total_seconds) if seconds]
         async with self.roster.lease(chosen, min(limits, default=self.patience)) as served:
-            yield served, self._left(time.perf_counter() - request[ENTRY].arrived)
-
-    def _left(self, taken: float) -> Limits:
-        """The limits, less what a request has waited already."""
-
-        def less(seconds: float) -> float:
-            return max(seconds - taken, 0.001) if seconds else 0.0
-
-        return Limits(less(self.limits.queue_seconds), less(self.limits.total_seconds))
+            yield served, self.limits
 
 
 _ROUTES: dict[Task, str] = {
-    "text-generation": "generates text, for /v1/chat/completions, /v1/completions and /v1/generate",
+    "text-generation": "generates text, for /v1/chat/completions and the like",
     "feature-extraction": "gives embeddings, for /v1/embeddings",
 }
 

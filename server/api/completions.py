@@ -135,11 +135,14 @@ async def _prompts(served: Served, body: CompletionBody) -> list[_Prompt]:
             f"{MAX_CHOICES}; send several requests.",
             "prompt" if len(given) > 1 else "n",
         )
+    texts = [each for each in given if isinstance(each, str)]
+    tokenized = iter(await served.tokenize_all(texts, of="prompt") if texts else ())
     prompts = []
     for each in given:
         if isinstance(each, str):
-            prompts.append(_Prompt(each, await served.tokenize(each)))
+            prompts.append(_Prompt(each, next(tokenized)))
         elif isinstance(each, list):
             served.check_tokens(each)
-            prompts.append(_Prompt(served.text.stream().push(each) if body.echo else "", each))
+            echoed = body.echo and len(each) < served.context  # a longer one is refused in a moment
+            prompts.append(_Prompt(served.text.stream().push(each) if echoed else "", each))
     return prompts

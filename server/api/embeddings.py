@@ -133,7 +133,7 @@ async def _tokens(served: Embedder, texts: list[str] | list[list[int]], truncate
         )
     words = [text for text in texts if isinstance(text, str)]
     if words:
-        inputs = await served.tokenize_all(words, most)
+        inputs = await served.tokenize_all(words, of="input", most=most)
     else:
         inputs = [tokens[:most] for tokens in texts if not isinstance(tokens, str)]
         for number, tokens in enumerate(inputs):

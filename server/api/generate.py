@@ -65,7 +65,7 @@ class JsonLines:
     def piece(self, piece: Piece) -> bytes:
         """A `Line`, unless there is nothing left to tell but how the answer ended."""
         self._finish = piece.finish
-        if not piece.tokens:
+        if not (piece.tokens or piece.text):
             return b""
         return msgspec.json.encode(Line(piece.text, piece.tokens, piece.logprobs)) + b"\n"
 

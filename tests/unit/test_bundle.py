@@ -154,8 +154,8 @@ def test_given_a_manifest_that_is_no_file_when_read_then_the_error_says_why(fold
 
 
 def test_given_a_manifest_of_another_format_when_read_then_both_formats_are_named_before_its_fields(folder: Path) -> None:
-    change(folder, lambda manifest: manifest.update(format=2, invention=1))
-    assert "has format 2, this program reads format 1" in refusal(folder)
+    change(folder, lambda manifest: manifest.update(format=bundle.FORMAT + 1, invention=1))
+    assert f"has format {bundle.FORMAT + 1}, this program reads format {bundle.FORMAT}" in refusal(folder)
     assert AGAIN in refusal(folder)
 
 

@@ -142,9 +142,11 @@ def test_a_front_end_that_dies_frees_the_engine(bert_bundle: Path, address: str)
         dying, living = Front(address), Front(address)
         dying.wait_ready()
         living.wait_ready()
-        dying.send(Embed("big", [[5] * 128] * 2048))
+        for number in range(8):
+            dying.send(Embed(f"big-{number}", [[5] * 128] * 2048))
+        deadline = time.monotonic() + 60
         while not living.beat().running:
-            pass
+            assert time.monotonic() < deadline, "the requests were over before a heartbeat could tell of them"
         dying.socket.close()
         deadline = time.monotonic() + 10
         while living.beat().running:

@@ -17,7 +17,7 @@ from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from export.recipe import Build, of, read
-from export.tokenizer import TextSide, read_text
+from export.tokenizer import TextSide
 from export.tools import detect, named
 from runtime import bundle
 from runtime.bundle import ToolFormat
@@ -372,19 +372,6 @@ def test_whatever_a_grammar_lets_through_is_read_as_valid_calls(
         assert CallEnded(call.index) in events
         (arguments,) = [event.text for event in events if isinstance(event, Arguments) and event.index == call.index]
         jsonschema.validate(json.loads(arguments), SCHEMAS[call.name])
-
-
-def test_the_default_models_tokenizer_can_write_calls(default_gguf: Path) -> None:
-    side = read_text(default_gguf.parent, default_gguf.name)
-    constraint = LLTokenizer(side.tokenizer.to_str(), eos_token=side.stop_ids[0])
-    format, text = format_of(detect(side), Text(side.tokenizer).special_id), Text(side.tokenizer)
-    assert not format.native
-    for calls, expected in (*(([call], True) for call in VALID), (INVALID[:1], False), (VALID, False)):
-        tokens = text.encode(format.render(calls), special=False)
-        matcher = LLMatcher(constraint, format.grammar(TOOLS))
-        assert (matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()) == expected
-        stream = text.stream(keep=format.special)
-        assert read_events(format, [*(stream.push([token]) for token in tokens), stream.finish()]) == events_of(calls)
 
 
 def test_what_a_grammar_cannot_say_is_left_out_unless_the_tool_is_strict() -> None:
