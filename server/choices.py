@@ -63,6 +63,8 @@ class Choices:
     def __init__(self, prompts: Sequence[Sequence[Start]], width: int) -> None:
         """`prompts` starts each prompt's answers; `width` of them run at the same time, more would only fill the queue."""
         self._starts = [start for starts in prompts for start in starts]
+        self.count = len(self._starts)
+        """How many answers there are."""
         self._firsts = [sum(map(len, prompts[:index])) for index in range(len(prompts))]
         self._generations: dict[int, Generation] = {}
         self._running = asyncio.Semaphore(width)
@@ -70,11 +72,6 @@ class Choices:
         self._tasks: list[asyncio.Task[None]] = []
         self._ended = 0
         self._stack = ExitStack()
-
-    @property
-    def count(self) -> int:
-        """How many answers there are."""
-        return len(self._starts)
 
     @property
     def usage(self) -> Usage:
@@ -103,6 +100,7 @@ class Choices:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._starts.clear()  # They hold the request, which holds this: garbage that would wait for the collector.
 
     def __aiter__(self) -> AsyncIterator[Piece]:
         """The pieces, once; those of one answer in their order."""
@@ -122,7 +120,7 @@ class Choices:
 
     async def whole(self) -> list[Whole]:
         """The answers, in the order of their indices."""
-        answers = [Whole() for _ in self._starts]
+        answers = [Whole() for _ in range(self.count)]
         async for piece in self:
             answers[piece.index].add(piece)
         return answers

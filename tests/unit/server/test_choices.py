@@ -9,6 +9,7 @@ import pytest
 
 from runtime.bundle import Bundle
 from runtime.messages import Cancel, Generate, Progress, Row, Scored
+from server.doors import Limits
 from tests.unit.server.house import House
 from tests.unit.server.test_generating import CHAT, events, whole
 
@@ -294,6 +295,38 @@ async def test_the_last_message_is_continued(house: House) -> None:
     assert house.text.stream().push(request.prompt).endswith("Once")
     await house.worker.say(request, " upon", "stop")
     assert (await asking)["choices"][0]["message"]["content"] == " upon"
+
+
+async def test_a_prompt_that_does_not_fit_is_refused_before_another_is_answered(house: House) -> None:
+    for stream in (False, True):
+        body = {"prompt": ["hi", "x" * 3000], "stream": stream}
+        async with house.http.post("/v1/completions", json=body) as response:
+            assert response.status == 400
+            assert (await response.json())["error"]["code"] == "context_length_exceeded"
+    assert house.worker.received.empty()
+
+
+async def test_the_time_for_everything_is_that_of_all_answers(house: House) -> None:
+    house.service.limits = Limits(total_seconds=5)
+    asking = asyncio.create_task(whole(house, "/v1/completions", {"prompt": "hi", "n": 3}))
+    first, second = await requests(house, 2)
+    assert 4 < first.total_seconds <= 5
+    await asyncio.sleep(0.3)
+    await house.worker.say(first, "a", "stop")
+    third = await house.worker.next(Generate)
+    assert third.total_seconds < first.total_seconds - 0.25
+    await house.worker.say(second, "b", "stop")
+    await house.worker.say(third, "c", "stop")
+    await asking
+
+
+async def test_without_parallel_calls_an_answer_is_held_to_one(house: House) -> None:
+    body = {**CHAT, "tools": [TOOL], "parallel_tool_calls": False}
+    asking = asyncio.create_task(whole(house, "/v1/chat/completions", body))
+    request = await house.worker.next(Generate)
+    assert request.constraint is not None
+    await house.worker.say(request, "No.", "stop")
+    assert (await asking)["choices"][0]["message"]["content"] == "No."
 
 
 def _of(row: Row, request: Generate) -> Row:

@@ -265,3 +265,12 @@ async def test_generate_gives_json_lines_to_who_accepts_them(house: House) -> No
 async def chunk(response: aiohttp.ClientResponse) -> bytes:
     data, _ = await asyncio.wait_for(response.content.readchunk(), 5)
     return data
+
+
+async def test_json_lines_have_the_end_of_the_text_that_was_held_back(house: House) -> None:
+    headers = {"Accept": "application/x-ndjson"}
+    response, request = await house.open("/v1/generate", {"prompt": "hi", "stop": ["e!"]}, "Hello ther", headers)
+    await house.worker.say(request, "e")
+    await house.worker.say(request, "", "stop")
+    lines = [json.loads(line) for line in (await response.text()).splitlines()]
+    assert "".join(line.get("text", "") for line in lines) == "Hello there"
