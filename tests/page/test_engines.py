@@ -1,13 +1,17 @@
 """The engines tab moves with the engines."""
 
+import json
 import re
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from playwright.sync_api import Page, expect
 
 from tests.e2e.conftest import MODEL, Server
 from tests.e2e.test_server import RUNNING
 from tests.page.conftest import Visit, eventually
-from tests.page.test_chat import LONG
 
 
 def chart(page: Page, title: str) -> str:
@@ -22,28 +26,43 @@ def figure(page: Page, title: str) -> float:
     return float(found[0].replace(",", "")) if found else -1
 
 
+@contextmanager
+def busy(server: Server) -> Iterator[None]:
+    """While somebody else is answered, one request after another; the last one is broken off at the end."""
+    over = threading.Event()
+    body = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "stream": True}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/v1/completions", json.dumps(body).encode(), headers)
+
+    def ask() -> None:
+        while not over.is_set():
+            with urllib.request.urlopen(request, timeout=30) as events:
+                while not over.is_set() and events.readline():
+                    pass
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        yield
+    finally:
+        over.set()
+        asking.join()
+
+
 def test_the_charts_move_while_a_request_runs(visit: Visit, server: Server) -> None:
     page = visit.page
-    visit.open()
-    visit.set(temperature=0, max_tokens=900)
-    turn = visit.send(LONG)
-    visit.wait(turn, "streaming")
-    page.get_by_role("tab", name="Engines").click()
+    visit.open("/#engines")
     engine = page.locator("#engines-table tbody tr")
-    expect(engine).to_contain_text(MODEL)
-    expect(engine).to_contain_text("1 of 2")
-    expect(engine.locator("i.full")).to_have_count(1)
-    for title in ("Tokens a second", "Requests", "KV tokens in use", "Between tokens"):
-        eventually(lambda title=title: figure(page, title) > 0)  # type: ignore[misc]
-    before = chart(page, "KV tokens in use")
-    page.wait_for_timeout(1500)
-    assert chart(page, "KV tokens in use") != before
-    assert figure(page, "KV tokens in use") <= server.metric("engineshed_kv_tokens") + 1000
-
-    page.get_by_role("tab", name="Chat").click()
-    page.get_by_role("button", name="Stop", exact=True).click()
+    with busy(server):
+        expect(engine).to_contain_text(MODEL)
+        expect(engine).to_contain_text("1 of 2")
+        expect(engine.locator("i.full")).to_have_count(1)
+        for title in ("Tokens a second", "Requests", "KV tokens in use", "Between tokens"):
+            eventually(lambda title=title: figure(page, title) > 0)  # type: ignore[misc]
+        before = chart(page, "KV tokens in use")
+        eventually(lambda: chart(page, "KV tokens in use") != before)
+        assert figure(page, "KV tokens in use") <= server.metric("engineshed_kv_tokens") + 1000
     server.wait(RUNNING, 0)
-    page.get_by_role("tab", name="Engines").click()
     expect(engine).to_contain_text("0 of 2")
     expect(page.locator("figure", has_text="Requests").locator("b").first).to_have_text("0")
 
