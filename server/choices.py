@@ -49,8 +49,8 @@ class Whole:
         self.logprobs += piece.logprobs
         self.tops += piece.tops
         self.scored += piece.scored
-        for event in piece.calls:
-            match event:
+        for part in piece.parts:
+            match part:
                 case CallStarted(_, name):
                     self.calls.append(Call(name, ""))
                 case Arguments(index, text):

@@ -10,7 +10,8 @@ from aiohttp import hdrs, web
 ANY = "*"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 _NAMES = re.compile(r"[A-Za-z0-9_, -]+")
-_EXPOSED = "X-Request-Id, Retry-After"
+_EXPOSED = "X-Request-Id, request-id, Retry-After"
+"""Those that client libraries read; request-id is Anthropic's name of the first."""
 _PREFLIGHT_SECONDS = "7200"
 """How long a browser remembers an answer: the most that Chromium does."""
 

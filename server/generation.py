@@ -18,7 +18,7 @@ from server.engine_client import (
 )
 from server.errors import ApiError, bad_request, unavailable
 from server.metrics import AnswerMetrics
-from server.tools import Arguments, CallStarted, Content, Parser
+from server.tools import CallStarted, Content, Event, Parser
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -42,20 +42,26 @@ class Piece(msgspec.Struct, frozen=True):
     """A part of an answer that can be sent, and the tokens that completed it."""
 
     text: str
+    """All of it, without the calls between."""
     tokens: list[int]
     logprobs: list[float]
     finish: FinishReason | None = None
-    """Set in an answer's last piece, which alone may have neither text nor calls."""
+    """Set in an answer's last piece, which alone may have neither text nor parts."""
     index: int = 0
     """Which of a request's answers it belongs to."""
-    calls: list[CallStarted | Arguments] = []
-    """What it adds to the answer's calls of tools."""
+    parts: list[Event] = []
+    """Where the answer may call tools: its text and what it adds to calls, in the order in which the model wrote them."""
     tops: list[list[tuple[int, float]]] = []
     """With each token the likeliest ones in its place, if they were asked for; see `runtime.messages.Row.tops`."""
     scored: list[Scored] = []
     """In the first piece of an answer whose prompt is to be scored: the prompt's tokens from the second on."""
     stop: str | None = None
     """In an answer's last piece: the stop string before which it ended."""
+
+    @property
+    def said(self) -> list[Event]:
+        """Its parts, of which the text is the only one where the answer cannot call tools."""
+        return self.parts if self.parts or not self.text else [Content(self.text)]
 
 
 class Generation:
@@ -108,39 +114,31 @@ class Generation:
         if self.finish_reason is not None:
             raise StopAsyncIteration
         text = ""
-        calls: list[CallStarted | Arguments] = []
-        while not text and not calls and self.finish_reason is None:
+        parts: list[Event] = []
+        while not text and not parts and self.finish_reason is None:
             try:
                 rows = await self._answer.rows()
             except ENDINGS as error:
                 raise told(error) from None
             for row in rows:
-                new = self._take(row)
-                if self._parser is None:
-                    text += new
-                else:
-                    text += self._read(self._parser, new, calls)
-        piece = Piece(text, self._tokens, self._logprobs, self._reason(), 0, calls, self._tops, self._scored, self._text.stop)
+                text += self._take(row)
+            if self._parser is not None:
+                parts = self._read(self._parser, text)
+                text = "".join([part.text for part in parts if isinstance(part, Content)])
+        piece = Piece(text, self._tokens, self._logprobs, self._reason(), 0, parts, self._tops, self._scored, self._text.stop)
         self._tokens, self._logprobs, self._tops, self._scored = [], [], [], []
         return piece
 
     def _reason(self) -> FinishReason | None:
         return "tool_calls" if self._called and self.finish_reason == "stop" else self.finish_reason
 
-    def _read(self, parser: Parser, text: str, calls: list[CallStarted | Arguments]) -> str:
-        """What of `text` is content; what belongs to calls is added to `calls`."""
-        events = parser.feed(text) if text else []
+    def _read(self, parser: Parser, text: str) -> list[Event]:
+        """What `text` makes certain of the answer's content and of its calls."""
+        parts = parser.feed(text) if text else []
         if self.finish_reason is not None:
-            events += parser.finish()
-        content = ""
-        for event in events:
-            match event:
-                case Content(words):
-                    content += words
-                case CallStarted() | Arguments():
-                    self._called = True
-                    calls.append(event)
-        return content
+            parts += parser.finish()
+        self._called = self._called or any(isinstance(part, CallStarted) for part in parts)
+        return parts
 
     def _take(self, row: Row) -> str:
         """Count a row's tokens and give the text that they complete."""

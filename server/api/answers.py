@@ -21,7 +21,7 @@ class Alternative(msgspec.Struct, frozen=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    """One chosen token of a chat answer."""
+    """One chosen token of a chat's answer or of a response."""
 
     token: str
     logprob: float
@@ -39,18 +39,21 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, piece: Piece | Whole, text: Text) -> "ChatLogprobs":
         """Those of `piece`."""
-        tops = piece.tops or [[]] * len(piece.tokens)
-        return cls(
-            [
-                TokenLogprob(
-                    text.token_text(token),
-                    told(logprob),
-                    list(text.token_bytes(token)),
-                    [Alternative(text.token_text(id), told(each), list(text.token_bytes(id))) for id, each in top],
-                )
-                for token, logprob, top in zip(piece.tokens, piece.logprobs, tops, strict=True)
-            ]
+        return cls(token_logprobs(piece, text))
+
+
+def token_logprobs(piece: Piece | Whole, text: Text) -> list[TokenLogprob]:
+    """The tokens of `piece`."""
+    tops = piece.tops or [[]] * len(piece.tokens)
+    return [
+        TokenLogprob(
+            text.token_text(token),
+            told(logprob),
+            list(text.token_bytes(token)),
+            [Alternative(text.token_text(id), told(each), list(text.token_bytes(id))) for id, each in top],
         )
+        for token, logprob, top in zip(piece.tokens, piece.logprobs, tops, strict=True)
+    ]
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):

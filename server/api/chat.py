@@ -18,14 +18,15 @@ from server.api.answers import (
     ToolCallDelta,
 )
 from server.api.bodies import read
-from server.api.events import DONE, Events, Frame, event, head, json
+from server.api.events import DONE, Events, Frame, head
 from server.api.openai_bodies import ChatBody, FunctionTool, NamedChoice
 from server.api.streaming import send
+from server.api.writing import event, json
 from server.choices import Choices, Whole
 from server.conversation import Chat, Named, converse
 from server.generation import Piece
 from server.served import Served
-from server.tools import Arguments, CallStarted, Tool
+from server.tools import Arguments, CallStarted, Event, Tool
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -84,15 +85,16 @@ class ChatStream(Events):
 
     def piece(self, piece: Piece) -> bytes:
         """The text, its tokens if they are wanted, parts of calls; at an answer's end its finish reason."""
-        if piece.finish is None and not (self._logprobs or self.continuous_usage or piece.calls):
-            return self._plain[piece.index].around(piece.text)
+        calls = [call for part in piece.parts if (call := _delta(part)) is not None]
+        if piece.finish is None and not (self._logprobs or self.continuous_usage or calls):
+            return self._plain[piece.index].around(piece.text) if piece.text else b""
         told = b""
         logprobs = ChatLogprobs.of(piece, self.text) if self._logprobs and piece.tokens else None
-        if piece.text or (logprobs is not None and not piece.calls):
+        if piece.text or (logprobs is not None and not calls):
             told = self._chunk(ChatDelta(Delta(content=piece.text), logprobs=logprobs, index=piece.index), so_far=True)
             logprobs = None
-        for part in map(_delta, piece.calls):
-            delta = ChatDelta(Delta(tool_calls=[part]), logprobs=logprobs, index=piece.index)
+        for call in calls:
+            delta = ChatDelta(Delta(tool_calls=[call]), logprobs=logprobs, index=piece.index)
             told += self._chunk(delta, so_far=True)
             logprobs = None
         if piece.finish is not None:
@@ -109,12 +111,15 @@ class ChatStream(Events):
         return event(ChatChunk(**self.head, choices=[choice], usage=self.usage(so_far)))
 
 
-def _delta(part: CallStarted | Arguments) -> ToolCallDelta:
+def _delta(part: Event) -> ToolCallDelta | None:
+    """What `part` adds to a call, if it does."""
     match part:
         case CallStarted(index, name):
             return ToolCallDelta(index, FunctionDelta("", name), _call_id(), "function")
         case Arguments(index, text):
             return ToolCallDelta(index, FunctionDelta(text))
+        case _:
+            return None
 
 
 def _call_id() -> str:

@@ -1,24 +1,22 @@
-"""What the two OpenAI routes for generating share in how they write answers: heads, chunks, server-sent events."""
+"""What the two OpenAI routes for generating share in how they write answers: their heads, and the events of a stream."""
 
 import secrets
 import time
 from collections.abc import Callable
 from typing import TypedDict
 
-import msgspec
-from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from server.api.openai_bodies import OpenAIBody
+from server.api.writing import SSE, encode
+from server.api.writing import event as event
+from server.api.writing import json as json
 from server.choices import Choices
 from server.errors import ApiError
 from server.generation import Usage
 from server.served import Served
 
 DONE = b"data: [DONE]\n\n"
-SSE = "text/event-stream; charset=utf-8"
-
-encode = msgspec.json.Encoder().encode
 
 
 class Head(TypedDict):
@@ -73,13 +71,3 @@ class Frame:
     def around(self, text: str) -> bytes:
         """The event that carries `text`."""
         return self._before + encode(text) + self._after
-
-
-def event(body: msgspec.Struct) -> bytes:
-    """A server-sent event without a name."""
-    return b"data: " + encode(body) + b"\n\n"
-
-
-def json(body: msgspec.Struct) -> web.Response:
-    """A whole answer."""
-    return web.Response(body=encode(body), content_type="application/json")

@@ -1,7 +1,7 @@
 """Google's Gemini API: `/v1beta/models`, and what is done with one of them."""
 
 import secrets
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict
 from typing import Any, Literal
 
 import msgspec
@@ -11,7 +11,6 @@ from runtime.messages import Sampling
 from server import fleet
 from server.api.bodies import as_written, read
 from server.api.error_shapes import GeminiError
-from server.api.events import SSE, encode, json
 from server.api.gemini_answers import (
     AnswerContent,
     AnswerPart,
@@ -28,6 +27,7 @@ from server.api.gemini_answers import (
 from server.api.gemini_bodies import CountTokensBody, FunctionDeclaration, GeminiContent, GenerateContentBody, normal
 from server.api.gemini_schema import json_schema
 from server.api.streaming import Form, send
+from server.api.writing import SSE, decoded, encode, event, json
 from server.asked import Asked
 from server.choices import Choices
 from server.conversation import Chat, Fields, converse, tokenize
@@ -36,7 +36,7 @@ from server.generation import Piece
 from server.journal import ENTRY
 from server.served import Served
 from server.service import SERVICE, Service
-from server.tools import Arguments, CallStarted, Tool
+from server.tools import Arguments, CallEnded, CallStarted, Content, Tool
 
 
 async def generate_content(request: web.Request) -> web.StreamResponse:
@@ -106,6 +106,9 @@ def chat(body: GenerateContentBody, asked: Asked) -> Chat:
         if not allowed or declaration.name in allowed
     ]
     messages = _turns(body.contents)
+    if not messages:
+        raise bad_request("The value of 'contents' has nothing but thoughts; there is nothing to answer.", "contents")
+    continued = messages[-1]["role"] == "assistant"
     if body.system_instruction is not None:
         words = "\n".join(part.text for part in body.system_instruction.parts if part.text is not None)
         messages = [{"role": "system", "content": words}, *messages]
@@ -114,7 +117,7 @@ def chat(body: GenerateContentBody, asked: Asked) -> Chat:
         asked=asked,
         tools=tuple(tools),
         choice=_CHOICES[calling.mode or "AUTO"],
-        continue_final_message=body.contents[-1].role == "model",
+        continue_final_message=continued,
         fields=Fields(messages="contents"),
     )
 
@@ -139,7 +142,7 @@ def _turns(contents: list[GeminiContent]) -> list[dict[str, Any]]:
     name answers the first call of it. The parts of a model's turn are the pieces of a stream, and those of others paragraphs.
     """
     turns: list[dict[str, Any]] = []
-    unanswered: dict[str, deque[str]] = defaultdict(deque)
+    unanswered: dict[str, OrderedDict[str, None]] = defaultdict(OrderedDict)
     made = 0
     for content in contents:
         role = {"model": "assistant", "system": "system"}.get(content.role or "user", "user")
@@ -153,14 +156,13 @@ def _turns(contents: list[GeminiContent]) -> list[dict[str, Any]]:
             elif (call := part.function_call) is not None:
                 id = call.id or f"call_{made}"
                 made += 1
-                unanswered[call.name].append(id)
+                unanswered[call.name][id] = None
                 function = {"name": call.name, "arguments": as_written(call.args or {}, of="contents")}
                 calls.append({"id": id, "type": "function", "function": function})
             elif (result := part.function_response) is not None:
                 ids = unanswered[result.name]
-                id = result.id or (ids[0] if ids else f"call_{result.name}")
-                if id in ids:
-                    ids.remove(id)
+                id = result.id or next(iter(ids), f"call_{result.name}")
+                ids.pop(id, None)
                 told = as_written(result.response, of="contents")
                 turns.append({"role": "tool", "tool_call_id": id, "name": result.name, "content": told})
         if texts or calls:
@@ -177,25 +179,24 @@ class _Answer:
         """All so far, texts that follow one another as one."""
         self.finish: FinishedBecause | None = None
         self.logprobs = LogprobsResult([], [])
-        self._call: tuple[str, list[str]] | None = None
-        """The function that is being called, and its arguments as far as they have come."""
+        self._name, self._arguments = "", list[str]()
+        """The function that was called last, and its arguments as far as they have come."""
         self._malformed = False
 
     def add(self, piece: Piece) -> list[AnswerPart]:
         """Take the answer's next piece; gives what it completes."""
         new: list[AnswerPart] = []
-        if piece.text:
-            self._end_call(new)
-            new.append(AnswerPart(text=piece.text))
-        for part in piece.calls:
+        for part in piece.said:
             match part:
+                case Content(text):
+                    new.append(AnswerPart(text=text))
                 case CallStarted(_, name):
-                    self._end_call(new)
-                    self._call = (name, [])
-                case Arguments(_, text) if self._call is not None:
-                    self._call[1].append(text)
+                    self._name, self._arguments = name, []
+                case Arguments(_, text):
+                    self._arguments.append(text)
+                case CallEnded(_, complete):
+                    self._end_call(complete, new)
         if piece.finish is not None:
-            self._end_call(new)
             stopped: FinishedBecause = "MALFORMED_FUNCTION_CALL" if self._malformed else "STOP"
             self.finish = "MAX_TOKENS" if piece.finish == "length" else stopped
         for each in new:
@@ -206,17 +207,13 @@ class _Answer:
                 self.parts.append(each)
         return new
 
-    def _end_call(self, parts: list[AnswerPart]) -> None:
-        """A call is told once it is whole; one that is no JSON object, as where the answer is cut in it, is not."""
-        if self._call is None:
-            return
-        (name, texts), self._call = self._call, None
-        try:
-            args = msgspec.json.decode("".join(texts) or "{}", type=dict[str, Any])
-        except (msgspec.DecodeError, RecursionError):
+    def _end_call(self, complete: bool, parts: list[AnswerPart]) -> None:
+        """A call is told once it is whole; one that is not, as where the answer is cut in it, is never."""
+        args = decoded("".join(self._arguments)) if complete else None
+        if args is None:
             self._malformed = True
-            return
-        parts.append(AnswerPart(function_call=CalledFunctionPart(f"call_{secrets.token_hex(12)}", name, args)))
+        else:
+            parts.append(AnswerPart(function_call=CalledFunctionPart(f"call_{secrets.token_hex(12)}", self._name, args)))
 
 
 class _Writer:
@@ -235,7 +232,7 @@ class _Writer:
         parts = answer.add(piece)
         logprobs = LogprobsResult.of(piece, self._served.text) if self._logprobs and piece.tokens else None
         if logprobs is not None:
-            answer.logprobs += logprobs
+            answer.logprobs.extend(logprobs)
         if not parts and logprobs is None and piece.finish is None:
             return None
         return Candidate(
@@ -284,7 +281,7 @@ class Events:
     def piece(self, piece: Piece) -> bytes:
         """What the piece adds, if that shows anything."""
         added = self._writer.add(piece)
-        return b"" if added is None else b"data: " + encode(self._writer.tell(added)) + b"\n\n"
+        return b"" if added is None else event(self._writer.tell(added))
 
     def end(self, choices: Choices) -> bytes:
         """Nothing: the stream is over once every answer has its reason."""
@@ -292,7 +289,7 @@ class Events:
 
     def error(self, error: ApiError) -> bytes:
         """An event with an error."""
-        return b"data: " + encode(GeminiError.of(error)) + b"\n\n"
+        return event(GeminiError.of(error))
 
 
 class Array:

@@ -68,9 +68,10 @@ class LogprobsResult(msgspec.Struct, frozen=True, rename="camel"):
             [TopCandidates([candidate(*each) for each in top]) for top in piece.tops],
         )
 
-    def __add__(self, more: "LogprobsResult") -> "LogprobsResult":
-        """With the tokens that follow."""
-        return LogprobsResult(self.chosen_candidates + more.chosen_candidates, self.top_candidates + more.top_candidates)
+    def extend(self, more: "LogprobsResult") -> None:
+        """Add the tokens that follow."""
+        self.chosen_candidates.extend(more.chosen_candidates)
+        self.top_candidates.extend(more.top_candidates)
 
 
 class Candidate(msgspec.Struct, frozen=True, rename="camel", kw_only=True):

@@ -10,7 +10,7 @@ from runtime.messages import MOST_ALTERNATIVES, Constraint, Sampling
 from server import constraints
 from server.api.bodies import MAX_STOPS, Penalty, Positive, Refused, StopString
 from server.api.gemini_schema import json_schema
-from server.api.openai_bodies import MAX_TOOLS
+from server.api.openai_bodies import MAX_TOOLS, MAX_TURNS
 from server.asked import Asked, seed
 from server.errors import bad_request
 
@@ -225,7 +225,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, rename="camel"):
         )
 
 
-Contents = Annotated[list[GeminiContent], Meta(min_length=1)]
+Contents = Annotated[list[GeminiContent], Meta(min_length=1, max_length=MAX_TURNS)]
 
 
 class GenerateContentBody(msgspec.Struct, frozen=True, rename="camel", kw_only=True):

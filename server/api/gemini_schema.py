@@ -32,8 +32,9 @@ def json_schema(schema: Any, *, of: str, depth: int = 0) -> dict[str, Any]:
     made |= {name: _count(given[name], f"{of}.{name}") for name in _COUNTS if given.get(name) is not None}
     if (type_ := given.get("type")) is not None:
         made["type"] = _type(type_, f"{of}.type")
-    if made.get("type") == "string" and given.get("format") in _FORMATS:
-        made["format"] = given["format"]
+    if given.get("format") is not None:
+        format = _kind(given["format"], str, f"{of}.format", "a text")
+        made |= {"format": format} if made.get("type") == "string" and format in _FORMATS else {}
 
     def inner(name: str, value: Any) -> dict[str, Any]:
         return json_schema(value, of=f"{of}.{name}", depth=depth + 1)
@@ -96,8 +97,8 @@ def _kind(value: Any, kind: type, of: str, called: str) -> Any:
 def _order(schema: dict[str, Any], order: list[Any]) -> None:
     """Have the properties in `order`, in which an answer then gives them."""
     properties = schema["properties"]
-    first = [name for name in dict.fromkeys(filter(lambda each: isinstance(each, str), order)) if name in properties]
-    schema["properties"] = {name: properties[name] for name in [*first, *(name for name in properties if name not in first)]}
+    first = {name: properties[name] for name in order if isinstance(name, str) and name in properties}
+    schema["properties"] = first | {name: each for name, each in properties.items() if name not in first}
 
 
 def _nullable(schema: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from aiohttp import web
 from runtime.messages import Sampling
 from server.api.bodies import as_written, read
 from server.api.error_shapes import MessagesError
-from server.api.events import SSE, encode, json
 from server.api.messages_answers import (
     BlockDelta,
     BlockStart,
@@ -42,6 +41,7 @@ from server.api.messages_bodies import (
     ToolUseBlock,
 )
 from server.api.streaming import send
+from server.api.writing import SSE, decoded, encode, json, named_events
 from server.asked import Asked
 from server.choices import Choices
 from server.conversation import Chat, Named, converse, tokenize
@@ -50,7 +50,7 @@ from server.generation import Piece
 from server.journal import ENTRY
 from server.served import Served
 from server.service import SERVICE
-from server.tools import Arguments, CallStarted, Tool
+from server.tools import Arguments, CallEnded, CallStarted, Content, Tool
 
 
 async def messages(request: web.Request) -> web.StreamResponse:
@@ -102,7 +102,7 @@ def chat(body: Conversation, asked: Asked) -> Chat:
         tools=tuple(Tool(tool.name, tool.description, tool.input_schema, tool.strict) for tool in body.tools or ()),
         choice=choice,
         parallel=not lone,
-        continue_final_message=body.messages[-1].role == "assistant",
+        continue_final_message=turns[-1]["role"] == "assistant",
     )
 
 
@@ -132,21 +132,30 @@ def _turns(message: MessagesTurn) -> list[dict[str, Any]]:
 
 
 def _combined(turns: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The turns, those of one speaker that follow one another as one; many chat templates take turns in turns only."""
+    """The turns, those of one speaker that follow one another as one; many chat templates take turns in turns only.
+
+    The texts of an assistant are pieces of one, which the answer may go on with; those of others are paragraphs.
+    """
     combined: list[dict[str, Any]] = []
     for turn in turns:
         last = combined[-1] if combined else {}
         if turn["role"] in ("user", "assistant") and turn["role"] == last.get("role") and "tool_calls" not in last:
-            combined[-1] = turn | {"content": [*_parts(last), *_parts(turn)]}
+            parts = _parts(last)
+            parts += _parts(turn)
+            combined[-1] = turn | {"content": parts}
         else:
             combined.append(turn)
+    for turn in combined:
+        if turn["role"] == "assistant":
+            turn["content"] = "".join([part["text"] for part in _parts(turn)])
     return combined
 
 
 def _parts(turn: dict[str, Any]) -> list[dict[str, str]]:
-    content = turn["content"]
+    """A turn's content as a list, the turn's own if it has one."""
+    content: str | list[dict[str, str]] = turn["content"]
     if not isinstance(content, str):
-        return list(content)
+        return content
     return [{"type": "text", "text": content}] if content else []
 
 
@@ -155,36 +164,29 @@ class _Message:
 
     def __init__(self) -> None:
         self.ending = Ending("end_turn", None)
-        self._blocks: list[tuple[SaidText | ToolUse, list[str]]] = []
-        """Each as it began, and what was added to it."""
-        self._open = False
-
-    @property
-    def content(self) -> list[SaidText | ToolUse]:
-        """The blocks, without a call whose input is not a whole JSON object, as where the message is cut in it."""
-        blocks: list[SaidText | ToolUse] = []
-        for block, parts in self._blocks:
-            text = "".join(parts)
-            match block:
-                case SaidText():
-                    blocks.append(SaidText(text))
-                case ToolUse(id, name) if (given := _object(text)) is not None:
-                    blocks.append(ToolUse(id, name, given))
-        return blocks
+        self.content: list[SaidText | ToolUse] = []
+        """The blocks that have ended, without calls whose input is not a whole JSON object."""
+        self._blocks = 0
+        """How many have begun."""
+        self._open: SaidText | ToolUse | None = None
+        """The last one, as it began, and what has been added to it."""
+        self._texts: list[str] = []
 
     def add(self, piece: Piece) -> list[MessagesEvent]:
         """Take the answer's next piece; gives what it changes."""
         events: list[MessagesEvent] = []
-        if piece.text:
-            if not (self._open and isinstance(self._blocks[-1][0], SaidText)):
-                self._begin(SaidText(""), events)
-            self._more(piece.text, MoreText(piece.text), events)
-        for part in piece.calls:
+        for part in piece.said:
             match part:
+                case Content(text):
+                    if not isinstance(self._open, SaidText):
+                        self._begin(SaidText(""), events)
+                    self._more(text, MoreText(text), events)
                 case CallStarted(_, name):
                     self._begin(ToolUse(f"toolu_{secrets.token_hex(12)}", name, {}), events)
                 case Arguments(_, text):
                     self._more(text, MoreInput(text), events)
+                case CallEnded(_, complete):
+                    self._close(events, complete)
         if piece.finish is not None:
             self._close(events)
             self.ending = self._ending(piece)
@@ -199,18 +201,26 @@ class _Message:
 
     def _begin(self, block: SaidText | ToolUse, events: list[MessagesEvent]) -> None:
         self._close(events)
-        self._open = True
-        self._blocks.append((block, []))
-        events.append(BlockStart(len(self._blocks) - 1, block))
+        self._open, self._texts = block, []
+        events.append(BlockStart(self._blocks, block))
+        self._blocks += 1
 
     def _more(self, text: str, delta: MoreText | MoreInput, events: list[MessagesEvent]) -> None:
-        self._blocks[-1][1].append(text)
-        events.append(BlockDelta(len(self._blocks) - 1, delta))
+        self._texts.append(text)
+        events.append(BlockDelta(self._blocks - 1, delta))
 
-    def _close(self, events: list[MessagesEvent]) -> None:
-        if self._open:
-            events.append(BlockStop(len(self._blocks) - 1))
-        self._open = False
+    def _close(self, events: list[MessagesEvent], complete: bool = True) -> None:
+        """End the block that is open, if one is; a call that is not `complete` is none."""
+        block, self._open = self._open, None
+        if block is None:
+            return
+        events.append(BlockStop(self._blocks - 1))
+        text = "".join(self._texts)
+        match block:
+            case SaidText():
+                self.content.append(SaidText(text))
+            case ToolUse(id, name) if complete and (given := decoded(text)) is not None:
+                self.content.append(ToolUse(id, name, given))
 
 
 class MessageStream:
@@ -227,31 +237,19 @@ class MessageStream:
     def begin(self) -> bytes:
         """The message without content."""
         usage = msgspec.structs.replace(MessagesUsage.of(self._choices.usage), output_tokens=0)
-        return _encode([MessageStart(MessagesAnswer(id=_id(), model=self._model, usage=usage)), Ping()])
+        return named_events([MessageStart(MessagesAnswer(id=_id(), model=self._model, usage=usage)), Ping()])
 
     def piece(self, piece: Piece) -> bytes:
         """What the piece adds."""
-        return _encode(self._message.add(piece))
+        return named_events(self._message.add(piece))
 
     def end(self, choices: Choices) -> bytes:
         """How the message ended, and its tokens."""
-        return _encode([MessageDelta(self._message.ending, MessagesUsage.of(choices.usage)), MessageStop()])
+        return named_events([MessageDelta(self._message.ending, MessagesUsage.of(choices.usage)), MessageStop()])
 
     def error(self, error: ApiError) -> bytes:
         """An `error` event."""
         return b"event: error\ndata: " + encode(MessagesError.of(error, self._request)) + b"\n\n"
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    """`text` as a JSON object, if it is one."""
-    try:
-        return msgspec.json.decode(text or "{}", type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError):
-        return None
-
-
-def _encode(events: list[MessagesEvent]) -> bytes:
-    return b"".join(b"event: %b\ndata: %b\n\n" % (str(event.__struct_config__.tag).encode(), encode(event)) for event in events)
 
 
 def _id() -> str:

@@ -8,7 +8,7 @@ from msgspec import Meta
 from runtime.messages import Constraint, Sampling
 from server import constraints
 from server.api.bodies import MAX_STOPS, Positive, Refused, StopString
-from server.api.openai_bodies import MAX_TOOLS
+from server.api.openai_bodies import MAX_TOOLS, MAX_TURNS
 from server.asked import Asked, seed
 
 MessagesToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
@@ -130,7 +130,7 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     """`POST /v1/messages/count_tokens`, and what it shares with `POST /v1/messages`."""
 
     model: str
-    messages: Annotated[list[MessagesTurn], Meta(min_length=1)]
+    messages: Annotated[list[MessagesTurn], Meta(min_length=1, max_length=MAX_TURNS)]
     """An assistant's turn at the end is continued."""
     system: str | list[TextBlock] | None = None
     tools: Annotated[list[MessagesTool], Meta(max_length=MAX_TOOLS)] | None = None

@@ -6,7 +6,7 @@ from server import fleet
 from server.access import of_gemini
 from server.api import gemini
 from server.api.answers import Model, ModelList
-from server.api.events import json
+from server.api.writing import json
 from server.service import SERVICE, Service
 
 

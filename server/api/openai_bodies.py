@@ -10,12 +10,13 @@ from runtime.messages import MOST_ALTERNATIVES
 from server import constraints
 from server.api.bodies import GenerationBody, Make, Positive, Refused
 from server.asked import Asked
+from server.tools.calls import ToolName
 
 MAX_CHOICES = 128
 """Answers to one request."""
 MAX_TOOLS = 128
-
-ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+MAX_TURNS = 4096
+"""Of one conversation: more of them fit no context."""
 
 
 class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
@@ -194,7 +195,7 @@ class NamedChoice(msgspec.Struct, frozen=True):
 class ChatBody(OpenAIBody, frozen=True, kw_only=True):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Meta(min_length=1)]
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_TURNS)]
     max_completion_tokens: Positive | None = None
     """OpenAI's newer name of max_tokens."""
     logprobs: bool | None = None

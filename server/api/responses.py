@@ -2,13 +2,13 @@
 
 import secrets
 import time
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import msgspec
 from aiohttp import web
 
+from server.api.answers import TokenLogprob, token_logprobs
 from server.api.bodies import read
-from server.api.events import SSE, encode, json
 from server.api.responses_answers import (
     ArgumentsDelta,
     ArgumentsDone,
@@ -28,13 +28,11 @@ from server.api.responses_answers import (
     PartDone,
     ResponseEvent,
     ResponseFailure,
-    ResponseLogprob,
     ResponseObject,
     ResponseUsage,
     StreamError,
     TextDelta,
     TextDone,
-    logprobs_of,
 )
 from server.api.responses_bodies import (
     AllowedChoice,
@@ -49,12 +47,13 @@ from server.api.responses_bodies import (
     TextConfig,
 )
 from server.api.streaming import send
+from server.api.writing import SSE, json, named_events
 from server.choices import Choices
 from server.conversation import Chat, Fields, Named, converse
 from server.errors import ApiError, bad_request
 from server.generation import FinishReason, Piece
 from server.served import Served
-from server.tools import Arguments, CallStarted, Tool
+from server.tools import Arguments, CallEnded, CallStarted, Content, Tool
 
 
 async def responses(request: web.Request) -> web.StreamResponse:
@@ -168,7 +167,7 @@ class ResponseStream:
 
     def begin(self) -> bytes:
         """There is a response, and it is in progress."""
-        return _encode(
+        return named_events(
             [
                 Created(sequence_number=self._next(), response=self._response),
                 InProgress(sequence_number=self._next(), response=self._response),
@@ -177,13 +176,13 @@ class ResponseStream:
 
     def piece(self, piece: Piece) -> bytes:
         """What the piece adds."""
-        return _encode(self.add(piece))
+        return named_events(self.add(piece))
 
     def end(self, choices: Choices) -> bytes:
         """The whole response."""
         response = self.ended(choices)
         kind = Completed if response.status == "completed" else Incomplete
-        return _encode([kind(sequence_number=self._next(), response=response)])
+        return named_events([kind(sequence_number=self._next(), response=response)])
 
     def error(self, error: ApiError) -> bytes:
         """What went wrong, and the response as far as it came."""
@@ -194,19 +193,19 @@ class ResponseStream:
             output=[*self._items, *([self._open.item("incomplete")] if self._open is not None else [])],
         )
         told = StreamError(sequence_number=self._next(), code=error.code, message=str(error), param=error.param)
-        return _encode([told, Failed(sequence_number=self._next(), response=failed)])
+        return named_events([told, Failed(sequence_number=self._next(), response=failed)])
 
     # What it is made of --------------------------------------------------------------------------------------------
 
     def add(self, piece: Piece) -> list[ResponseEvent]:
         """Take the answer's next piece; gives what it changes."""
         events: list[ResponseEvent] = []
-        logprobs = logprobs_of(piece, self._text) if self._logprobs and not piece.calls else []
-        empty = piece.finish is not None and not piece.calls and not self._items and self._open is None
-        if piece.text or empty or (logprobs and isinstance(self._open, _Message)):
-            self._say(piece.text, logprobs, events)
-        for part in piece.calls:
+        logprobs = token_logprobs(piece, self._text) if self._logprobs else []
+        for part in piece.said:
             match part:
+                case Content(text):  # The first one has all of the piece's tokens: which is whose cannot be told.
+                    self._say(text, logprobs, events)
+                    logprobs = []
                 case CallStarted(_, name):
                     self._close(events)
                     self._begin(_Call(len(self._items), name), events)
@@ -216,9 +215,14 @@ class ResponseStream:
                     events.append(
                         ArgumentsDelta(sequence_number=self._next(), item_id=call.id, output_index=call.index, delta=text)
                     )
+                case CallEnded(_, complete):
+                    self._close(events, "completed" if complete else "incomplete")
+        empty = piece.finish is not None and not self._items and self._open is None
+        if empty or (logprobs and isinstance(self._open, _Message)):
+            self._say("", logprobs, events)
         if piece.finish is not None:
             self._finish = piece.finish
-            self._close(events)
+            self._close(events, "incomplete" if piece.finish == "length" else "completed")
         return events
 
     def ended(self, choices: Choices) -> ResponseObject:
@@ -233,7 +237,7 @@ class ResponseStream:
             usage=ResponseUsage.of(choices.usage),
         )
 
-    def _say(self, text: str, logprobs: list[ResponseLogprob], events: list[ResponseEvent]) -> None:
+    def _say(self, text: str, logprobs: list[TokenLogprob], events: list[ResponseEvent]) -> None:
         if not isinstance(self._open, _Message):
             self._close(events)
             message = _Message(len(self._items))
@@ -250,7 +254,7 @@ class ResponseStream:
         self._open = item
         events.append(ItemAdded(sequence_number=self._next(), output_index=item.index, item=item.item("in_progress")))
 
-    def _close(self, events: list[ResponseEvent]) -> None:
+    def _close(self, events: list[ResponseEvent], status: Literal["completed", "incomplete"] = "completed") -> None:
         """End the item that is open, if one is."""
         item, self._open = self._open, None
         match item:
@@ -270,7 +274,7 @@ class ResponseStream:
                         arguments=item.arguments,
                     )
                 )
-        whole = item.item("incomplete" if self._finish == "length" else "completed")
+        whole = item.item(status)
         self._items.append(whole)
         events.append(ItemDone(sequence_number=self._next(), output_index=item.index, item=whole))
 
@@ -294,7 +298,7 @@ class _Message:
         self.id = f"msg_{secrets.token_hex(24)}"
         self.index = index
         self.text = ""
-        self.logprobs: list[ResponseLogprob] = []
+        self.logprobs: list[TokenLogprob] = []
         self.where = _Where(item_id=self.id, output_index=index, content_index=0)
 
     def item(self, status: Any) -> OutputMessage:
@@ -314,7 +318,3 @@ class _Call:
 
     def item(self, status: Any) -> OutputCall:
         return OutputCall(self.id, self.call_id, self.name, self.arguments, status)
-
-
-def _encode(events: list[ResponseEvent]) -> bytes:
-    return b"".join(b"event: %b\ndata: %b\n\n" % (str(event.__struct_config__.tag).encode(), encode(event)) for event in events)

@@ -4,51 +4,18 @@ from typing import Any, Literal
 
 import msgspec
 
-from runtime.text import Text
-from server.api.answers import told
+from server.api.answers import TokenLogprob
 from server.api.responses_bodies import ResponseChoice, ResponseTool, TextConfig
-from server.generation import Piece, Usage
+from server.generation import Usage
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
-
-
-class ResponseAlternative(msgspec.Struct, frozen=True):
-    """One of the likeliest tokens in a chosen token's place."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ResponseLogprob(msgspec.Struct, frozen=True):
-    """One chosen token."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[ResponseAlternative]
-    """Likeliest first."""
-
-
-def logprobs_of(piece: Piece, text: Text) -> list[ResponseLogprob]:
-    """The tokens of `piece`."""
-    tops = piece.tops or [[]] * len(piece.tokens)
-    return [
-        ResponseLogprob(
-            text.token_text(token),
-            told(logprob),
-            list(text.token_bytes(token)),
-            [ResponseAlternative(text.token_text(id), told(each), list(text.token_bytes(id))) for id, each in top],
-        )
-        for token, logprob, top in zip(piece.tokens, piece.logprobs, tops, strict=True)
-    ]
 
 
 class OutputText(msgspec.Struct, frozen=True, tag_field="type", tag="output_text"):
     """A message's text."""
 
     text: str
-    logprobs: list[ResponseLogprob]
+    logprobs: list[TokenLogprob]
     annotations: list[Any] = []
 
 
@@ -225,7 +192,7 @@ class TextDelta(ResponseEvent, frozen=True, kw_only=True, tag="response.output_t
     output_index: int
     content_index: int
     delta: str
-    logprobs: list[ResponseLogprob]
+    logprobs: list[TokenLogprob]
 
 
 class TextDone(ResponseEvent, frozen=True, kw_only=True, tag="response.output_text.done"):
@@ -235,7 +202,7 @@ class TextDone(ResponseEvent, frozen=True, kw_only=True, tag="response.output_te
     output_index: int
     content_index: int
     text: str
-    logprobs: list[ResponseLogprob]
+    logprobs: list[TokenLogprob]
 
 
 class ArgumentsDelta(ResponseEvent, frozen=True, kw_only=True, tag="response.function_call_arguments.delta"):

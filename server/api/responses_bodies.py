@@ -9,7 +9,8 @@ from msgspec import Meta
 from runtime.messages import MOST_ALTERNATIVES
 from server import constraints
 from server.api.bodies import GenerationBody, Make, Positive, Refused
-from server.api.openai_bodies import MAX_TOOLS, ToolName
+from server.api.openai_bodies import MAX_TOOLS, MAX_TURNS
+from server.tools.calls import ToolName
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -158,7 +159,7 @@ class ResponseStreamOptions(msgspec.Struct, frozen=True):
 class ResponsesBody(GenerationBody, frozen=True, kw_only=True):
     """`POST /v1/responses`."""
 
-    input: str | Annotated[list[Item], Meta(min_length=1)]
+    input: str | Annotated[list[Item], Meta(min_length=1, max_length=MAX_TURNS)]
     """What the user says, or the conversation so far."""
     instructions: str | None = None
     """Said by the system before all of the input."""

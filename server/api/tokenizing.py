@@ -13,8 +13,8 @@ from runtime.bundle import Task
 from runtime.messages import Sampling
 from runtime.text import Text
 from server.api.bodies import Refused, read
-from server.api.events import json
-from server.api.openai_bodies import MAX_TOOLS, FunctionTool, Message
+from server.api.openai_bodies import MAX_TOOLS, MAX_TURNS, FunctionTool, Message
+from server.api.writing import json
 from server.asked import Asked
 from server.conversation import Chat, tokenize
 from server.journal import ENTRY
@@ -32,7 +32,7 @@ class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     """A model's id; absent takes the one that is served."""
     prompt: str | None = None
-    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_TURNS)] | None = None
     add_special_tokens: bool | None = None
     """Whether the beginning-of-sequence token is added to a prompt; absent is yes. A chat's template has its own."""
     return_token_strs: bool | None = None

@@ -10,8 +10,8 @@ Everything here is text to text. A chat with tools goes
 """
 
 from runtime.bundle import ToolFormat
-from server.tools.calls import Arguments, Call, CallEnded, CallStarted, Content, Event, Tool
-from server.tools.conversation import ConversationError, prepare
+from server.tools.calls import Arguments, Call, CallEnded, CallStarted, Content, ConversationError, Event, Tool
+from server.tools.conversation import prepare
 from server.tools.format import Format, TokenId
 from server.tools.hermes import Hermes
 from server.tools.llama3 import Llama3

@@ -26,6 +26,10 @@ class Tool(msgspec.Struct, frozen=True):
         return {"type": "function", "function": function}
 
 
+class ConversationError(Exception):
+    """A chat or its tools cannot be put to the model; the message is a sentence for the client."""
+
+
 class Call(msgspec.Struct, frozen=True):
     """One call of a tool."""
 

@@ -3,20 +3,16 @@
 import hashlib
 import json
 import re
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from runtime.template import Shape
-from server.tools.calls import Call, Tool
+from server.tools.calls import Call, ConversationError, Tool
 from server.tools.format import Format
 from server.tools.mistral import Mistral
 
 Message = dict[str, Any]
-
-
-class ConversationError(Exception):
-    """A chat cannot be put to the model; the message is a sentence for the client."""
 
 
 def prepare(
@@ -67,7 +63,9 @@ def _name_results(turns: Iterable[Message]) -> None:
 
 
 def _one_call_each(turns: Sequence[Message]) -> list[Message]:
-    """Turns with several calls as several turns, each with its result behind it."""
+    """Turns with several calls as several turns, each with its result behind it: the first of its id that no other call has
+    taken, or without ids the first without one. Results that are nobody's come last.
+    """
     apart: list[Message] = []
     left = deque(turns)
     while left:
@@ -76,14 +74,15 @@ def _one_call_each(turns: Sequence[Message]) -> list[Message]:
         if len(calls) < 2:
             apart.append(turn)
             continue
-        results = []
+        results: dict[str | None, deque[Message]] = defaultdict(deque)
         while left and left[0]["role"] == "tool":
-            results.append(left.popleft())
+            result = left.popleft()
+            results[result.get("tool_call_id")].append(result)
         for index, call in enumerate(calls):
             apart.append(turn | {"tool_calls": [call], "content": "" if index else turn["content"]})
-            apart += [result for result in results if result.get("tool_call_id") == call.get("id")]
-        ids = [call.get("id") for call in calls]
-        apart += [result for result in results if result.get("tool_call_id") not in ids]
+            if own := results[call.get("id")]:
+                apart.append(own.popleft())
+        apart += [result for rest in results.values() for result in rest]
     return apart
 
 
@@ -97,18 +96,19 @@ def _with_calls_in_text(turn: Message, format: Format) -> Message:
 
 def _with_results_in_text(turns: Iterable[Message], format: Format) -> list[Message]:
     """Results as turns of the user. What would then be two of them in a row is one: many templates want them to alternate."""
-    written: list[Message] = []
+    written: list[tuple[Message, list[str]]] = []
+    """Each turn, and its content line by line."""
     after_result = False
     for turn in turns:
         is_result = turn["role"] == "tool"
         if is_result:
             turn = {"role": "user", "content": format.render_result(turn.get("name"), turn["content"])}
         if after_result and turn["role"] == "user":
-            written[-1] = {"role": "user", "content": f"{written[-1]['content']}\n{turn['content']}"}
+            written[-1][1].append(turn["content"])
         else:
-            written.append(turn)
+            written.append((turn, [turn["content"]]))
         after_result = is_result or (after_result and turn["role"] == "user")
-    return written
+    return [turn | {"content": "\n".join(lines)} for turn, lines in written]
 
 
 def _told(turns: Sequence[Message], words: str, shape: Shape) -> list[Message]:
@@ -122,7 +122,10 @@ def _told(turns: Sequence[Message], words: str, shape: Shape) -> list[Message]:
 
 def _listed(turns: Sequence[Message], described: Sequence[Mapping[str, Any]]) -> list[Message]:
     """The turns with the tools in the system message's field `tools`, as Phi-4-mini has them."""
-    listed = json.dumps([tool["function"] for tool in described], ensure_ascii=False)
+    try:
+        listed = json.dumps([tool["function"] for tool in described], ensure_ascii=False)
+    except RecursionError:
+        raise ConversationError("the parameters of a tool are nested too deeply") from None
     if turns and turns[0]["role"] == "system":
         return [turns[0] | {"tools": listed}, *turns[1:]]
     return [{"role": "system", "content": "You are a helpful assistant with some tools.", "tools": listed}, *turns]
@@ -145,14 +148,14 @@ def _call(call: Mapping[str, Any], shape: Shape, format: Format) -> Message:
     if shape.arguments == "object":
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
             raise ConversationError(
                 f"the arguments of the call of {function['name']!r} are no JSON object; send them as the model did"
             )
     finished = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    if "id" in call:
+    if call.get("id") is not None:
         finished["id"] = _mistral_id(call["id"]) if isinstance(format, Mistral) else call["id"]
     return finished
 

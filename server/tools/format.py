@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from server.closing import closed
-from server.tools.calls import Call, Tool
+from server.tools.calls import Call, ConversationError, Tool
 from server.tools.reading import Parser, Reader, Steps
 
 TokenId = Callable[[str], int | None]
@@ -47,7 +47,7 @@ class Format(ABC):
 
         A model that was not made for tools writes one: it has not learned when to stop calling, and few stop by themselves.
         Without `required` the answer is any text, and what in it begins as a call has to be a whole and valid one. Raises
-        ValueError where `tools` has none of that name.
+        ValueError where `tools` has none of that name, and ConversationError where a schema is nested too deeply.
         """
         wanted = [tool for tool in tools if name in (None, tool.name)]
         if not wanted:
@@ -61,8 +61,8 @@ class Format(ABC):
         return "\n".join(lines) + "\n"
 
     def describe(self, tools: Sequence[Tool]) -> str:
-        """What a model is told that does not know tools: which there are, and how to call one."""
-        listed = "\n".join(json.dumps(tool.described, ensure_ascii=False) for tool in tools)
+        """What a model is told that does not know tools: which there are, and how to call one. Raises ConversationError."""
+        listed = "\n".join(described(tool) for tool in tools)
         example = self.render([Call("<function-name>", "<arguments-as-object>")])
         return (
             "You may call functions to help with the user's request. These are the functions, with JSON schemas of their "
@@ -77,13 +77,11 @@ class Format(ABC):
         """`calls` as the model writes them."""
 
     def render_result(self, name: str | None, content: str) -> str:
-        """A call's result, for a chat template that knows no results."""
+        """A call's result, for a chat template that knows no results: as JSON where it is JSON, not nested too deeply."""
         try:
-            result: Any = json.loads(content)
-        except ValueError:
-            result = content
-        body = {"content": result} if name is None else {"name": name, "content": result}
-        return f"<tool_response>\n{json.dumps(body, ensure_ascii=False)}\n</tool_response>"
+            return _response(name, json.loads(content))
+        except (ValueError, RecursionError):
+            return _response(name, content)
 
     @abstractmethod
     def _script(self, reader: Reader, names: Collection[str] | None) -> Steps:
@@ -122,6 +120,23 @@ class Format(ABC):
         return literal(token) if id is None else f"<[{id}]>"
 
 
+def described(tool: Tool) -> str:
+    """The tool as OpenAI writes it, as text. Raises ConversationError."""
+    try:
+        return json.dumps(tool.described, ensure_ascii=False)
+    except RecursionError:
+        raise _too_deep(tool) from None
+
+
+def _response(name: str | None, result: Any) -> str:
+    body = {"content": result} if name is None else {"name": name, "content": result}
+    return f"<tool_response>\n{json.dumps(body, ensure_ascii=False)}\n</tool_response>"
+
+
+def _too_deep(tool: Tool) -> ConversationError:
+    return ConversationError(f"the parameters of the tool {tool.name!r} are nested too deeply")
+
+
 def literal(text: str) -> str:
     """The Lark of a text."""
     return json.dumps(text, ensure_ascii=False)
@@ -145,5 +160,8 @@ def _arguments(tool: Tool) -> str:
     if tool.parameters is None:
         return literal("{}")
     # Its own document, so that references into it hold.
-    schema = closed(tool.parameters | {"type": "object"}) | {"x-guidance": _COMPACT | {"lenient": not tool.strict}}
-    return f"%json {json.dumps(schema)}"
+    try:
+        schema = closed(tool.parameters | {"type": "object"}) | {"x-guidance": _COMPACT | {"lenient": not tool.strict}}
+        return f"%json {json.dumps(schema)}"
+    except RecursionError:
+        raise _too_deep(tool) from None

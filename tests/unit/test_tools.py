@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -488,6 +489,71 @@ def test_one_call_a_turn_where_templates_take_no_more() -> None:
     assert [message["role"] for message in messages[2:6]] == ["assistant", "tool", "assistant", "tool"]
     assert [len(messages[at]["tool_calls"]) for at in (2, 4)] == [1, 1]
     assert [messages[at]["content"] for at in (3, 5)] == ["sunny", '{"rain": 3}']
+
+
+def test_each_result_stands_behind_one_call_and_without_ids_in_their_order() -> None:
+    call = {"type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+    for ids in ([{}, {}, {}], [{"id": None}] * 3, [{"id": "same"}] * 3):
+        calls = [call | id for id in ids]
+        results: list[dict[str, Any]] = [
+            {"role": "tool", "content": str(index)} | ({"tool_call_id": "same"} if ids[0].get("id") else {})
+            for index in range(3)
+        ]
+        lost = {"role": "tool", "tool_call_id": "nobody's", "content": "lost"}
+        chat = [{"role": "assistant", "content": "", "tool_calls": calls}, lost, *results]
+        messages, _ = prepare(chat, [], format_of("llama3"), KNOWS_TOOLS)
+        assert [message["role"] for message in messages] == ["assistant", "tool"] * 3 + ["tool"]
+        assert [message["content"] for message in messages if message["role"] == "tool"] == ["0", "1", "2", "lost"]
+
+
+def many(count: int) -> list[dict[str, Any]]:
+    """A turn of `count` calls, whose results come in the opposite order."""
+    calls = [call_of(f"call_{index}", "Rome") for index in range(count)]
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "x" * 100} for call in reversed(calls)]
+    return [{"role": "assistant", "content": "", "tool_calls": calls}, *results]
+
+
+@pytest.mark.parametrize(("name", "shape"), [("llama3", KNOWS_TOOLS), (None, Shape())])
+def test_four_times_the_turns_take_about_four_times_as_long(name: ToolFormat | None, shape: Shape) -> None:
+    def seconds(count: int) -> float:
+        chat, format = many(count), format_of(name)
+        times = []
+        for _ in range(3):
+            begin = time.process_time()
+            prepare(chat, [], format, shape)
+            times.append(time.process_time() - begin)
+        return min(times)
+
+    assert seconds(16_000) < 9 * seconds(4_000)
+
+
+DEEP = "[" * 100_000
+
+
+def test_what_is_nested_too_deeply_is_the_conversations_fault() -> None:
+    call = {"id": "x", "function": {"name": "get_weather", "arguments": DEEP}}
+    with pytest.raises(ConversationError, match="'get_weather'"):
+        prepare([{"role": "assistant", "content": None, "tool_calls": [call]}], [], format_of("hermes"), KNOWS_TOOLS)
+    (result,), _ = prepare([{"role": "tool", "tool_call_id": "x", "content": DEEP}], [], format_of(None), Shape())
+    assert json.dumps({"content": DEEP}) in result["content"], "it is told as the text that it is"
+    schema: dict[str, Any] = {}
+    for _ in range(100_000):
+        schema = {"items": schema}
+    deep = Tool("get_weather", None, {"properties": {"a": schema}})
+    for ask in (
+        lambda: format_of("hermes").grammar([deep]),
+        lambda: format_of("hermes").describe([deep]),
+        lambda: prepare(CHAT, [deep], format_of(None), Shape())[0],
+        lambda: prepare(CHAT, [deep], format_of("phi"), Shape(tools="system message", results=True))[0],
+    ):
+        with pytest.raises(ConversationError, match="nested too deeply"):
+            ask()
+
+
+def test_a_call_without_an_id_is_no_fault_of_mistrals() -> None:
+    call = {"id": None, "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+    (turn,), _ = prepare([{"role": "assistant", "content": "", "tool_calls": [call]}], [], format_of("mistral"), KNOWS_TOOLS)
+    assert "id" not in turn["tool_calls"][0]
 
 
 def test_mistrals_templates_get_ids_of_nine_characters() -> None:

@@ -22,7 +22,7 @@ from server.asked import Asked
 from server.errors import ApiError
 from server.generation import Piece, PromptDetails, Usage
 from server.keys import Keys
-from server.tools import Arguments, CallStarted
+from server.tools import Arguments, CallEnded, CallStarted
 from tests.unit.server.events import named
 from tests.unit.server.house import House
 
@@ -130,6 +130,16 @@ def test_contents_are_the_turns_of_a_chat_and_results_find_their_calls() -> None
     assert asked.fields.messages == "contents"
 
 
+def test_a_turn_of_thoughts_alone_is_left_out_and_the_one_before_it_answered() -> None:
+    thought = {"role": "model", "parts": [{"text": "hm", "thought": True}]}
+    asked = chat(body(contents=[*HI["contents"], thought]), ASKED)
+    assert asked.messages == [{"role": "user", "content": "hi"}]
+    assert not asked.continue_final_message
+    assert chat(body(contents=[*HI["contents"], {"role": "model", "parts": [{"text": "So"}]}]), ASKED).continue_final_message
+    with pytest.raises(ApiError, match="nothing to answer"):
+        chat(body(contents=[thought]), ASKED)
+
+
 @pytest.mark.parametrize(
     ("calling", "wanted", "names"),
     [
@@ -217,6 +227,7 @@ def nested(depth: int) -> dict[str, Any]:
     [
         ({"type": "TUPLE"}, "s.type"),
         ({"type": 7}, "s.type"),
+        ({"type": "STRING", "format": []}, "s.format"),
         ({"items": []}, "s.items"),
         ({"properties": {"a": 7}}, "s.properties.a"),
         ({"properties": []}, "s.properties"),
@@ -334,9 +345,9 @@ async def test_a_stream_that_fails_says_so(house: House, alt: str) -> None:
 def test_a_call_is_told_once_it_is_whole() -> None:
     text, weather, clock = written(
         Piece("I look.", [1], [0.0]),
-        Piece("", [2], [0.0], calls=[CallStarted(0, "weather"), Arguments(0, '{"city"')]),
-        Piece("", [3], [0.0], calls=[Arguments(0, ': "Bern"}'), CallStarted(1, "clock")]),
-        Piece("", [4], [0.0], "tool_calls", calls=[Arguments(1, "{}")]),
+        Piece("", [2], [0.0], parts=[CallStarted(0, "weather"), Arguments(0, '{"city"')]),
+        Piece("", [3], [0.0], parts=[Arguments(0, ': "Bern"}'), CallEnded(0), CallStarted(1, "clock")]),
+        Piece("", [4], [0.0], "tool_calls", parts=[Arguments(1, "{}"), CallEnded(1)]),
         **TOOLS,
     )
     assert text["candidates"][0]["content"]["parts"] == [{"text": "I look."}]
@@ -349,7 +360,9 @@ def test_a_call_is_told_once_it_is_whole() -> None:
 
 @pytest.mark.parametrize(("finish", "reason"), [("tool_calls", "MALFORMED_FUNCTION_CALL"), ("length", "MAX_TOKENS")])
 def test_a_call_that_is_no_object_is_not_told(finish: Any, reason: str) -> None:
-    (only,) = written(Piece("", [1], [0.0], finish, calls=[CallStarted(0, "weather"), Arguments(0, '{"ci')]), **TOOLS)
+    (only,) = written(
+        Piece("", [1], [0.0], finish, parts=[CallStarted(0, "weather"), Arguments(0, '{"ci'), CallEnded(0, False)]), **TOOLS
+    )
     assert only["candidates"] == [{"content": {"parts": [], "role": "model"}, "finishReason": reason, "index": 0}]
 
 

@@ -14,7 +14,7 @@ from server.api.messages_bodies import MessagesBody
 from server.asked import Asked
 from server.conversation import Named
 from server.generation import Piece, PromptDetails, Usage
-from server.tools import Arguments, CallStarted
+from server.tools import Arguments, CallEnded, CallStarted
 from tests.unit.server.events import named
 from tests.unit.server.house import House
 
@@ -103,7 +103,7 @@ def test_calls_and_their_results_are_turns_of_a_chat() -> None:
         {"role": "user", "content": [{"type": "text", "text": "hi"}]},
         {
             "role": "assistant",
-            "content": [{"type": "text", "text": "I look."}],
+            "content": "I look.",
             "tool_calls": [call("t1", '{"city": "Bern"}'), call("t2", "{}")],
         },
         {"role": "tool", "tool_call_id": "t1", "content": "cold"},
@@ -124,7 +124,7 @@ def test_turns_of_one_speaker_that_follow_one_another_are_one() -> None:
     turns = chat(body(messages=messages), ASKED).messages
     assert [turn["role"] for turn in turns] == ["user", "assistant", "tool", "user"]
     assert turns[0]["content"] == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert turns[1]["content"] == [{"type": "text", "text": "c"}]
+    assert turns[1]["content"] == "c"
     assert turns[1]["tool_calls"][0]["id"] == "t"
     assert (turns[2]["content"], turns[3]["content"]) == ("", "d")
 
@@ -155,6 +155,13 @@ def test_the_assistants_turn_at_the_end_is_continued(last: str, continued: bool)
     assert chat(body(messages=messages), ASKED).continue_final_message is continued
 
 
+def test_the_texts_of_an_assistants_turn_are_one_that_is_continued_where_it_ends() -> None:
+    blocks = [{"type": "text", "text": "The answer"}, {"type": "text", "text": " is"}]
+    asked = chat(body(messages=[*HI["messages"], {"role": "assistant", "content": blocks}]), ASKED)
+    assert asked.messages[-1] == {"role": "assistant", "content": "The answer is"}
+    assert asked.continue_final_message
+
+
 def test_how_it_is_made_has_anthropics_names() -> None:
     asked = body(temperature=0.5, top_p=0.9, top_k=7, stop_sequences=["a", "b"]).asked()
     assert (asked.sampling.temperature, asked.sampling.top_p, asked.sampling.top_k) == (0.5, 0.9, 7)
@@ -165,7 +172,7 @@ def test_an_output_format_is_a_constraint() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     asked = body(output_config={"format": {"type": "json_schema", "schema": schema}}).asked()
     assert asked.constraint is not None
-    assert msgspec.json.decode(asked.constraint.source) == schema
+    assert msgspec.json.decode(asked.constraint.source) == schema | {"additionalProperties": False}
 
 
 # What is answered --------------------------------------------------------------------------------------------------
@@ -251,9 +258,9 @@ async def test_a_message_is_streamed(house: House) -> None:
 def test_a_call_is_a_block_of_its_own_and_the_reason_for_the_end() -> None:
     events = events_of(
         Piece("I look.", [1], [0.0]),
-        Piece("", [2], [0.0], calls=[CallStarted(0, "weather"), Arguments(0, '{"city"')]),
-        Piece("", [3], [0.0], calls=[Arguments(0, ': "Bern"}'), CallStarted(1, "clock")]),
-        Piece("", [4], [0.0], "tool_calls", calls=[Arguments(1, "{}")]),
+        Piece("", [2], [0.0], parts=[CallStarted(0, "weather"), Arguments(0, '{"city"')]),
+        Piece("", [3], [0.0], parts=[Arguments(0, ': "Bern"}'), CallEnded(0), CallStarted(1, "clock")]),
+        Piece("", [4], [0.0], "tool_calls", parts=[Arguments(1, "{}"), CallEnded(1)]),
     )
     blocks = [event for event in events if event["type"].startswith("content_block")]
     assert [(event["type"].removeprefix("content_block_"), event["index"]) for event in blocks] == [
@@ -273,7 +280,9 @@ def test_a_call_is_a_block_of_its_own_and_the_reason_for_the_end() -> None:
 
 
 def test_a_call_that_is_no_object_is_no_reason_to_call() -> None:
-    events = events_of(Piece("", [1], [0.0], "tool_calls", calls=[CallStarted(0, "weather"), Arguments(0, '{"ci')]))
+    events = events_of(
+        Piece("", [1], [0.0], "tool_calls", parts=[CallStarted(0, "weather"), Arguments(0, '{"ci'), CallEnded(0, False)])
+    )
     assert events[-2]["delta"]["stop_reason"] == "end_turn"
 
 

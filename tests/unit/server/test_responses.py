@@ -15,7 +15,7 @@ from server.api.responses_bodies import ResponsesBody
 from server.conversation import Named
 from server.generation import Piece, PromptDetails, Usage
 from server.served import Served
-from server.tools import Arguments, CallStarted, Tool
+from server.tools import Arguments, CallEnded, CallStarted, Content, Event, Tool
 from tests.unit.server.events import named
 from tests.unit.server.house import House
 
@@ -129,7 +129,7 @@ def test_a_format_is_a_constraint() -> None:
     asked = chat(body(text={"format": {"type": "json_schema", "name": "n", "schema": schema}})).asked
     assert asked.constraint is not None
     assert (asked.constraint.kind, asked.form) == ("json_schema", "text.format.schema")
-    assert msgspec.json.decode(asked.constraint.source) == schema
+    assert msgspec.json.decode(asked.constraint.source) == schema | {"additionalProperties": False}
     assert chat(body(text={"format": {"type": "json_object"}})).asked.constraint is not None
     assert chat(body(text={"format": {"type": "text"}, "verbosity": "low"})).asked.constraint is None
 
@@ -265,9 +265,9 @@ async def test_calls_are_items_of_their_own_behind_the_text(house: House) -> Non
     events = events_of(
         stream_of(house, tools=[WEATHER]),
         Piece("I look.", [1], [0.0]),
-        Piece("", [2], [0.0], calls=[CallStarted(0, "weather"), Arguments(0, '{"city"')]),
-        Piece("", [3], [0.0], calls=[Arguments(0, ': "Bern"}'), CallStarted(1, "weather")]),
-        Piece("", [4], [0.0], "tool_calls", calls=[Arguments(1, "{}")]),
+        Piece("", [2], [0.0], parts=[CallStarted(0, "weather"), Arguments(0, '{"city"')]),
+        Piece("", [3], [0.0], parts=[Arguments(0, ': "Bern"}'), CallEnded(0), CallStarted(1, "weather")]),
+        Piece("", [4], [0.0], "tool_calls", parts=[Arguments(1, "{}"), CallEnded(1)]),
     )
     assert [event["type"].removeprefix("response.") for event in events] == [
         *("created", "in_progress"),
@@ -290,10 +290,20 @@ async def test_calls_are_items_of_their_own_behind_the_text(house: House) -> Non
     assert [event["output_index"] for event in events if event["type"] == "response.output_item.done"] == [0, 1, 2]
 
 
+async def test_the_logprobs_of_a_piece_with_text_and_a_call_are_told(house: House) -> None:
+    (a,) = house.text.encode("a")
+    parts: list[Event] = [Content("a"), CallStarted(0, "weather"), Arguments(0, "{}"), CallEnded(0)]
+    stream = stream_of(house, tools=[WEATHER], include=["message.output_text.logprobs"])
+    events = events_of(stream, Piece("a", [a], [-0.5], "tool_calls", parts=parts))
+    (delta,) = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert [(each["token"], each["logprob"]) for each in delta["logprobs"]] == [("a", -0.5)]
+    assert events[-1]["response"]["output"][0]["content"][0]["logprobs"] == delta["logprobs"]
+
+
 async def test_a_call_that_the_limit_cuts_is_incomplete(house: House) -> None:
     events = events_of(
         stream_of(house, tools=[WEATHER]),
-        Piece("", [2], [0.0], "length", calls=[CallStarted(0, "weather"), Arguments(0, '{"ci')]),
+        Piece("", [2], [0.0], "length", parts=[CallStarted(0, "weather"), Arguments(0, '{"ci'), CallEnded(0, False)]),
     )
     assert events[-1]["type"] == "response.incomplete"
     (call,) = events[-1]["response"]["output"]
