@@ -3,9 +3,8 @@
 import json
 import random
 import shutil
-import time
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from server.tools import (
     prepare,
 )
 from server.tools.format import MOST_CALLS
+from tests.pace import LINEAR, growth
 
 EOS = "</s>"
 SPECIAL: dict[str, list[str]] = {
@@ -491,19 +491,19 @@ def test_one_call_a_turn_where_templates_take_no_more() -> None:
     assert [messages[at]["content"] for at in (3, 5)] == ["sunny", '{"rain": 3}']
 
 
-def test_each_result_stands_behind_one_call_and_without_ids_in_their_order() -> None:
-    call = {"type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
-    for ids in ([{}, {}, {}], [{"id": None}] * 3, [{"id": "same"}] * 3):
-        calls = [call | id for id in ids]
-        results: list[dict[str, Any]] = [
-            {"role": "tool", "content": str(index)} | ({"tool_call_id": "same"} if ids[0].get("id") else {})
-            for index in range(3)
-        ]
-        lost = {"role": "tool", "tool_call_id": "nobody's", "content": "lost"}
-        chat = [{"role": "assistant", "content": "", "tool_calls": calls}, lost, *results]
-        messages, _ = prepare(chat, [], format_of("llama3"), KNOWS_TOOLS)
-        assert [message["role"] for message in messages] == ["assistant", "tool"] * 3 + ["tool"]
-        assert [message["content"] for message in messages if message["role"] == "tool"] == ["0", "1", "2", "lost"]
+@pytest.mark.parametrize("id", [{}, {"id": None}, {"id": "same"}])
+def test_each_result_stands_behind_one_call_and_without_ids_in_their_order(id: dict[str, Any]) -> None:
+    calls = [{"type": "function", "function": {"name": "get_weather", "arguments": "{}"}} | id] * 3
+    of = {"tool_call_id": "same"} if id.get("id") else {}
+    results = [{"role": "tool", "content": str(index)} | of for index in range(3)]
+    chat: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "nobody's", "content": "lost"},
+        *results,
+    ]
+    messages, _ = prepare(chat, [], format_of("llama3"), KNOWS_TOOLS)
+    assert [message["role"] for message in messages] == ["assistant", "tool"] * 3 + ["tool"]
+    assert [message["content"] for message in messages if message["role"] == "tool"] == ["0", "1", "2", "lost"]
 
 
 def many(count: int) -> list[dict[str, Any]]:
@@ -514,17 +514,8 @@ def many(count: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("name", "shape"), [("llama3", KNOWS_TOOLS), (None, Shape())])
-def test_four_times_the_turns_take_about_four_times_as_long(name: ToolFormat | None, shape: Shape) -> None:
-    def seconds(count: int) -> float:
-        chat, format = many(count), format_of(name)
-        times = []
-        for _ in range(3):
-            begin = time.process_time()
-            prepare(chat, [], format, shape)
-            times.append(time.process_time() - begin)
-        return min(times)
-
-    assert seconds(16_000) < 9 * seconds(4_000)
+def test_the_time_grows_as_the_turns_do(name: ToolFormat | None, shape: Shape) -> None:
+    assert growth(lambda count: partial(prepare, many(count), [], format_of(name), shape), 2_000) < LINEAR
 
 
 DEEP = "[" * 100_000

@@ -2,8 +2,7 @@
 
 import asyncio
 import json
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,9 +12,11 @@ import pytest
 from runtime.bundle import Bundle
 from runtime.messages import Generate, Sampling
 from server.api import gemini, messages
-from server.api.gemini_bodies import GeminiContent, GenerateContentBody
-from server.api.messages_bodies import MessagesBody
+from server.api.gemini_bodies import FunctionCall, FunctionResponse, GeminiContent, GeminiPart, GenerateContentBody
+from server.api.messages_bodies import MessagesBody, MessagesTurn, TextBlock
 from server.asked import Asked
+from server.conversation import Chat
+from tests.pace import LINEAR, growth
 from tests.unit.server.events import named
 from tests.unit.server.house import House
 
@@ -188,7 +189,7 @@ ULM, ROME = ("call", {"place": "Ulm"}), ("call", {"place": "Rom"})
 WHOLE = ("I look.\n" + FIRST + "\n" + SECOND + "\nDone", [("text", "I look."), ULM, ROME, ("text", "Done")])
 BROKEN = ("I look." + FIRST + '<tool_call>\n{"name": "weather", "arguments": {"place": xx', [*WHOLE[1][:2], ("text", "xx")])
 """What the model writes, and what of it is told: of a call that is no JSON, only the text behind it."""
-CHAT: dict[str, Any] = {
+CHAT_BODY: dict[str, Any] = {
     "messages": [{"role": "user", "content": "hi"}],
     "tools": [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}],
 }
@@ -315,10 +316,10 @@ async def told(house: House, api: str, rows: Sequence[str]) -> Parts:
         case "gemini, streamed":
             return gemini_told(*(data for _, data in named(await said(house, STREAM, GEMINI, rows))))
         case "chat":
-            (choice,) = json.loads(await said(house, "/v1/chat/completions", CHAT, rows))["choices"]
+            (choice,) = json.loads(await said(house, "/v1/chat/completions", CHAT_BODY, rows))["choices"]
             return chat_told([choice["message"]["content"]], choice["message"]["tool_calls"])
         case _:
-            written = (await said(house, "/v1/chat/completions", CHAT | stream, rows)).removesuffix("data: [DONE]\n\n")
+            written = (await said(house, "/v1/chat/completions", CHAT_BODY | stream, rows)).removesuffix("data: [DONE]\n\n")
             return chat_streamed([data for _, data in named(written)])
 
 
@@ -361,33 +362,20 @@ async def test_more_turns_than_any_context_holds_are_refused(house: House, path:
         assert "4096" in told
 
 
-def test_four_times_the_turns_take_about_four_times_as_long() -> None:
-    asked = Asked(sampling=Sampling())
+def turns_of_messages(count: int) -> Callable[[], Chat]:
+    turn = MessagesTurn("assistant", [TextBlock("a")])
+    body = msgspec.convert(MESSAGES, MessagesBody)
+    return partial(messages.chat, msgspec.structs.replace(body, messages=[turn] * count), Asked(sampling=Sampling()))
 
-    def of_messages(count: int) -> Any:
-        turns = [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}] * count
-        body = msgspec.convert(MESSAGES | {"messages": turns[:4096]}, MessagesBody)
-        return partial(messages.chat, msgspec.structs.replace(body, messages=body.messages[:1] * count), asked)
 
-    def of_gemini(count: int) -> Any:
-        calls = [{"functionCall": {"name": "weather", "id": str(index)}} for index in range(count)]
-        results = [
-            {"functionResponse": {"name": "weather", "id": str(index), "response": {}}} for index in reversed(range(count))
-        ]
-        lists = [
-            msgspec.convert({"role": role, "parts": parts[at : at + 1000]}, GeminiContent)
-            for role, parts in (("model", calls), ("user", results))
-            for at in range(0, count, 1000)
-        ]
-        return partial(gemini.chat, GenerateContentBody(contents=lists), asked)
+def turns_of_gemini(count: int) -> Callable[[], Chat]:
+    """Calls, and their results in the opposite order."""
+    calls = [GeminiPart(function_call=FunctionCall("weather", id=str(index))) for index in range(count)]
+    results = [GeminiPart(function_response=FunctionResponse("weather", {}, str(index))) for index in reversed(range(count))]
+    body = GenerateContentBody(contents=[GeminiContent(calls, "model"), GeminiContent(results, "user")])
+    return partial(gemini.chat, body, Asked(sampling=Sampling()))
 
-    def seconds(work: Any) -> float:
-        times = []
-        for _ in range(3):
-            begin = time.process_time()
-            work()
-            times.append(time.process_time() - begin)
-        return min(times)
 
-    for of in (of_messages, of_gemini):
-        assert seconds(of(16_000)) < 9 * seconds(of(4_000)), of
+@pytest.mark.parametrize("turns", [turns_of_messages, turns_of_gemini])
+def test_the_time_grows_as_the_turns_do(turns: Callable[[int], Callable[[], Chat]]) -> None:
+    assert growth(turns, 2_000) < LINEAR
