@@ -8,9 +8,10 @@ from aiohttp import web
 from runtime.text import Text
 from server.api.answers import Completion, CompletionChoice, CompletionLogprobs, told
 from server.api.bodies import read
-from server.api.events import DONE, Events, Frame, event, head, json
+from server.api.events import DONE, Events, Frame, head
 from server.api.openai_bodies import MAX_CHOICES, CompletionBody
 from server.api.streaming import send
+from server.api.writing import event, json
 from server.choices import Choices, Whole
 from server.errors import bad_request
 from server.generation import FinishReason, Piece

@@ -9,8 +9,6 @@ from msgspec import UNSET, UnsetType
 
 from server.api.openai_bodies import OpenAIBody
 from server.api.writing import SSE, encode
-from server.api.writing import event as event
-from server.api.writing import json as json
 from server.choices import Choices
 from server.errors import ApiError
 from server.generation import Usage
