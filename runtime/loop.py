@@ -1,7 +1,6 @@
 """The decode loop: who runs next, and what came of it. Its `step` tells the whole story."""
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -88,6 +87,7 @@ class Loop:
         self._waiting = Queue(engine.context)
         self._compiling: dict[Sequence, Future[Matcher]] = {}
         """What will be pushed into `_waiting` once its constraint is compiled."""
+        self._prepared = False
         self._unlooked: list[Matcher] = []
         """Of sequences whose masks must be found anew, since they have a new token."""
         self._deadlines = Deadlines()
@@ -121,6 +121,12 @@ class Loop:
     def check(self) -> None:
         """While nothing runs: raise RuntimeError if the slots' books are not in order."""
         self.slots.check()
+
+    def prepare(self) -> None:
+        """While nothing runs: load in a thread what constraints need, so that the first one holds up no stream."""
+        if self.grammars is not None and not self._prepared:
+            self._prepared = True
+            self.grammars.load()
 
     # What front ends ask for ---------------------------------------------------------------------------------------
 
@@ -252,8 +258,6 @@ class Loop:
             places = [
                 Place(sequence, forced=token) for token in sequence.prompt[sequence.computed + 1 : end + 1].tolist()
             ] + places
-        if last:
-            _ready(sequence)
         start = time.perf_counter()
         batch = Batch(
             first_slot=sequence.slot,
@@ -465,7 +469,7 @@ class Loop:
         return News(sequence.owner, told)
 
 
-def _ready(sequence: Sequence, deadline: float = math.inf) -> bool:
+def _ready(sequence: Sequence, deadline: float) -> bool:
     """Whether it is known which tokens may come next; waits for it until time.monotonic() is `deadline`."""
     return sequence.matcher is None or sequence.matcher.ready(deadline)
 

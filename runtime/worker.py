@@ -67,6 +67,8 @@ class Worker:
                 self._publish(self._loop.step())
             else:
                 self._loop.check()
+                if not events and self._fronts and isinstance(self._loop, Loop):
+                    self._loop.prepare()
             if time.monotonic() >= self._heartbeat_due or self._proven != bool(self._loop.counters.finished):
                 self._beat()
 

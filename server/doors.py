@@ -11,6 +11,14 @@ class Limits(msgspec.Struct, frozen=True):
     total_seconds: float = 0.0
     """Until its last token."""
 
+    def after(self, seconds: float) -> "Limits":
+        """What is left after `seconds`; a limit that has been reached leaves next to nothing, not none."""
+
+        def less(limit: float) -> float:
+            return max(limit - seconds, 0.001) if limit else 0.0
+
+        return Limits(less(self.queue_seconds), less(self.total_seconds))
+
 
 class Doors(msgspec.Struct, frozen=True, kw_only=True):
     """Addresses, keys and certificates; only text, so that nothing is imported for it."""

@@ -15,6 +15,7 @@ from server import constraints
 from server.access import CLIENT
 from server.asked import Asked
 from server.attempts import Attempts
+from server.checker import CHECKER
 from server.choices import Choices
 from server.doors import Limits
 from server.engine_client import EngineClient, EngineUnavailableError
@@ -115,12 +116,13 @@ class Served:
 
         `prediction` is what the client expects as the answer; `calling` names the tools that the answers may call. Raises
         ApiError, here or while the answers are read: 400 if a prompt is empty, has no room in the context together with
-        max_tokens, or cannot be answered in the form that is asked for; 503.
+        max_tokens, or cannot be answered in the form that is asked for; 429, 503 and 504 as well.
         """
         self._check_ids("logit_bias", asked.sampling.logit_bias)
         self._check_ids("stop_token_ids", asked.stop_ids)
         if asked.constraint is not None:
-            await constraints.check(asked.constraint, self._vocabulary, of=asked.form)
+            checker, client = request.app[CHECKER], request[CLIENT].name
+            limits = await checker.check(asked.constraint, self._vocabulary, of=asked.form, client=client, limits=limits)
         starts = [
             [
                 partial(self._generate, request, prompt, asked, nth, of, limits, prediction, calling)

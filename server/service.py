@@ -100,15 +100,7 @@ class Service:
         chosen = self.default(task) if name is None else _suited(self.model(name), task).name
         limits = [seconds for seconds in (self.limits.queue_seconds, self.limits.total_seconds) if seconds]
         async with self.roster.lease(chosen, min(limits, default=self.patience)) as served:
-            yield served, self._left(time.perf_counter() - request[ENTRY].arrived)
-
-    def _left(self, taken: float) -> Limits:
-        """The limits, less what a request has waited already."""
-
-        def less(seconds: float) -> float:
-            return max(seconds - taken, 0.001) if seconds else 0.0
-
-        return Limits(less(self.limits.queue_seconds), less(self.limits.total_seconds))
+            yield served, self.limits.after(time.perf_counter() - request[ENTRY].arrived)
 
 
 _ROUTES: dict[Task, str] = {

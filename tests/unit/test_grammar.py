@@ -394,7 +394,7 @@ def test_grammars_are_kept_for_the_next_answer_up_to_a_number(tiny_bundle: Path,
     constraints = [Constraint("regex", f"a{{{i}}}") for i in range(1, 5)]
     first = [made.matcher(constraint).result(30) for constraint in constraints]
     for matcher in first:
-        assert matcher.ready()
+        assert matcher.ready(0)
         made.give_back(matcher)
     assert made.matcher(constraints[3]).result(0) is first[3]
     assert made.matcher(constraints[3]).result(30) is not first[3]  # which somebody has
