@@ -5,17 +5,19 @@ known, while the loop sends these off and computes prompts; llguidance needs no 
 cheap, happens on the loop's own thread.
 
 A compiled grammar grows while it is used, by states of its lexer, so no two answers share one: none can use up what another
-needs, or waits for it. Whoever is done hands it back, and the next answer with the same constraint begins with it.
+needs, or waits for it. Whoever is done hands it back; the mask of its beginning is then found once more, in a thread that
+nothing waits for, and the next answer with the same constraint begins with it at once.
 """
 
-import math
+import logging
 import random
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -27,16 +29,23 @@ if TYPE_CHECKING:  # 15 ms of a worker's start, which many never need
     from llguidance import LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
 PATIENCE = 0.02
 """Seconds that a step waits for masks. Whose mask takes longer sits the step out, so that one request's grammar does not hold
 up the streams of all."""
 SLOW = 0.002
 """Seconds from which on an answer's masks are computed apart from those of others, which would wait for them."""
 IDLE = 32
-"""Compiled grammars that are kept for the next answer with the same constraint."""
+"""Compiled grammars that are kept for the next answer with the same constraint: 0.1 MB each before they are used, with
+thousands of alternatives 2 MB."""
+IDLE_TOKENS = 1500
+"""Tokens that these took, all together: one can leave 0.12 MB of lexer states behind, which comes to 180 MB. Most schemas grow
+by less than 0.2 MB in 1,000 tokens."""
 
 _REUSED_TOKENS = 1000
-"""Tokens after which a compiled grammar is not used again: each can leave 0.1 MB of lexer states behind."""
+"""Tokens after which a compiled grammar is not used again."""
 _LEXER_STATES = 64_000
 """Of one grammar, 1 to 2 kB each. A string of 8,000 characters, each counted, takes 50,000; llguidance's default is 250,000."""
 _COMPILERS = 2
@@ -86,7 +95,7 @@ def compiled(tokens: "LLTokenizer", constraint: Constraint, *, steps: int = 1) -
     """The grammar of `constraint` at its beginning, along which some text of `steps` tokens can go. Raises GrammarError.
 
     llguidance's limits do not bound its time and memory in every case, nor the stack that it takes: what comes from a client
-    has been compiled before in a process that can be killed (`server.constraints.check`).
+    has been compiled before in a process that can be killed (`server.checker`).
     """
     from llguidance import LLMatcher, LLParserLimits
 
@@ -187,12 +196,12 @@ class Matcher:
         self.looking: Future[None] | None = None
         """What runs `look`, now or earlier."""
 
-    def ready(self, deadline: float = math.inf) -> bool:
+    def ready(self, deadline: float) -> bool:
         """Whether `mask` and `forced` are there; waits for them until time.monotonic() is `deadline`."""
         looking = self.looking
         if looking is None or looking.done():
             return True
-        wait([looking], None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+        wait([looking], max(0.0, deadline - time.monotonic()))
         return looking.done()
 
     @property
@@ -214,8 +223,23 @@ class Matcher:
             self.failure = flaw(self.grammar)
         return bool(self.failure) or self.grammar.is_stopped()
 
+    def begin(self) -> None:
+        """Go back to the beginning, and find out what may come there. What fails is a `failure`."""
+        if self.grammar.reset():
+            self.look()
+        else:
+            self.failure = flaw(self.grammar)
+
     def look(self) -> None:
-        """Find out what may come next."""
+        """Find out what may come next. What fails is a `failure`: nobody may go on with what was found out before."""
+        try:
+            self._look()
+        except Exception as error:
+            log.exception("a mask could not be computed")
+            self.failure = f"what may come next could not be computed ({error})"
+            self._forced = []
+
+    def _look(self) -> None:
         start = time.perf_counter()
         grammar, masks = self.grammar, self._masks
         forced = grammar.compute_ff_tokens()[:MOST_GUESSES]
@@ -233,7 +257,9 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles constraints for the answers of one engine, in threads of its own. Nothing is loaded before the first one."""
+    """Compiles constraints for the answers of one engine, in threads of its own. Nothing is loaded before `load` or the first
+    one.
+    """
 
     def __init__(self, path: Path, vocab_size: int, stop_ids: Iterable[int]) -> None:
         """`path` is the bundle's tokenizer.json; `vocab_size` is the width of the engine's logits; `stop_ids` end an answer."""
@@ -244,7 +270,7 @@ class Grammars:
         self._tokens: LLTokenizer | None = None
         self._loading = threading.Lock()
         self._idle: list[Matcher] = []
-        """At their beginnings; the one that was used last is the last."""
+        """At their beginnings, and they have looked; the one that was used last is the last."""
         self._changing = threading.Lock()
         """Of `_idle`."""
 
@@ -255,9 +281,7 @@ class Grammars:
             if idle is not None:
                 self._idle.remove(idle)
         if idle is None:
-            threading.stack_size(_STACK)  # of the threads that are started from now on
-            return self._compilers.submit(self._compile, constraint)
-        self.look([idle])
+            return self._later(self._compile, constraint)
         at_once: Future[Matcher] = Future()
         at_once.set_result(idle)
         return at_once
@@ -273,29 +297,49 @@ class Grammars:
     def give_back(self, matcher: Matcher) -> None:
         """The answer that had `matcher` has ended, in whatever way."""
         if matcher.looking is None:
-            self._keep(matcher)
+            self._restart(matcher)
         else:  # once nothing is computed for it any more
-            matcher.looking.add_done_callback(lambda _: self._keep(matcher))
+            matcher.looking.add_done_callback(lambda _: self._restart(matcher))
 
     def close(self) -> None:
         """Forget what waits to be compiled."""
         for threads in (self._compilers, self._maskers):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, constraint: Constraint) -> Matcher:
+    def _later(self, work: Callable[..., T], *arguments: Any) -> "Future[T]":
+        threading.stack_size(_STACK)  # of the threads that are started from now on
+        return self._compilers.submit(work, *arguments)
+
+    def _words(self) -> "LLTokenizer":
+        """The model's tokens, loaded for the first constraint: while that goes on no other Python runs, 0.25 s with 49,000 of
+        them. Few workers ever need them, and 60 MB each would be much for those that do not.
+        """
         with self._loading:
             if self._tokens is None:
                 self._tokens = vocabulary(self._path, self._vocab_size, self.stop_ids)
-        grammar = compiled(self._tokens, constraint)
-        matcher = Matcher(constraint, grammar, self._vocab_size, self.stop_ids)
+            return self._tokens
+
+    def _compile(self, constraint: Constraint) -> Matcher:
+        matcher = Matcher(constraint, compiled(self._words(), constraint), self._vocab_size, self.stop_ids)
         matcher.look()
+        if matcher.failure:
+            raise GrammarError(matcher.failure)
         return matcher
 
+    def _restart(self, matcher: Matcher) -> None:
+        if not matcher.failure and matcher.taken < _REUSED_TOKENS:
+            with suppress(RuntimeError):  # where no more threads are to be had, since this is closed
+                self._later(self._keep, matcher)
+
     def _keep(self, matcher: Matcher) -> None:
-        if matcher.failure or matcher.taken >= _REUSED_TOKENS or not matcher.grammar.reset():
+        matcher.begin()
+        if matcher.failure:
             return
         with self._changing:
-            self._idle = [*self._idle[-IDLE + 1 :], matcher]
+            kept = [*self._idle[-IDLE + 1 :], matcher]
+            while sum(each.taken for each in kept) > IDLE_TOKENS:
+                del kept[0]
+            self._idle = kept
 
 
 def _look(matchers: list[Matcher]) -> None:

@@ -1,7 +1,6 @@
 """The decode loop: who runs next, and what came of it. Its `step` tells the whole story."""
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -252,8 +251,6 @@ class Loop:
             places = [
                 Place(sequence, forced=token) for token in sequence.prompt[sequence.computed + 1 : end + 1].tolist()
             ] + places
-        if last:
-            _ready(sequence)
         start = time.perf_counter()
         batch = Batch(
             first_slot=sequence.slot,
@@ -465,7 +462,7 @@ class Loop:
         return News(sequence.owner, told)
 
 
-def _ready(sequence: Sequence, deadline: float = math.inf) -> bool:
+def _ready(sequence: Sequence, deadline: float) -> bool:
     """Whether it is known which tokens may come next; waits for it until time.monotonic() is `deadline`."""
     return sequence.matcher is None or sequence.matcher.ready(deadline)
 

@@ -8,7 +8,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from runtime import logs
-from server import constraints, cors, journal
+from server import cors, journal
 from server.access import ACCESS, CLIENT, Access, Client, identify
 from server.api import (
     admin,
@@ -26,6 +26,7 @@ from server.api import (
 )
 from server.api.bodies import MAX_BODY
 from server.api.streaming import CLIENT_GONE
+from server.checker import checking
 from server.errors import ApiError
 from server.journal import STATUS
 from server.metrics import CONTENT_TYPE
@@ -44,7 +45,7 @@ def build(service: Service, access: Access | None = None) -> web.Application:
     app[SERVICE] = service
     app[ACCESS] = Access() if access is None else access
     app.on_response_prepare.append(_mark)
-    app.on_cleanup.append(_end_checks)
+    app.cleanup_ctx.append(checking)
     app.add_routes(
         [
             web.post("/v1/chat/completions", chat.chat_completions),
@@ -139,10 +140,6 @@ async def _answer_preflight(request: web.Request, handler: Handler) -> web.Strea
 async def _identify(request: web.Request, handler: Handler) -> web.StreamResponse:
     request[CLIENT] = identify(request, request.app[ACCESS])
     return await handler(request)
-
-
-async def _end_checks(app: web.Application) -> None:
-    await constraints.close()
 
 
 async def _mark(request: web.Request, response: web.StreamResponse) -> None:

@@ -3,7 +3,8 @@
 llguidance compiles most grammars in milliseconds, and refuses many that would explode. A few take minutes, all memory or the
 whole stack, which its limits do not notice and no thread survives. So each constraint is compiled in a fork of this process,
 which has the tokenizer already, with limits of CPU time and memory that the kernel keeps. What passes here costs an engine's
-worker no more when it compiles it in turn.
+worker no more when it compiles it in turn. Only what hits one of these limits is at fault itself; that a fork is killed or
+late by the clock is due to the machine, and may be otherwise in a moment.
 """
 
 import os
@@ -23,26 +24,31 @@ import msgspec
 
 from runtime.grammar import GrammarError, compiled, vocabulary
 from runtime.messages import Constraint
-from server.endless import endless
+from server.endless import documents, endless
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 CPU_SECONDS = 1
 """Of one constraint."""
-WALL_SECONDS = 2.5 * CPU_SECONDS
-"""The same for a machine that has much else to do."""
+WALL_SECONDS = 10.0
+"""By the clock, after which a fork is stuck or the machine has no time for it."""
 MEMORY = 256 << 20
 """Bytes that one may take."""
 STACK = 4 << 20
 """Bytes of the stack that it is compiled on; a worker has twice that where it has least."""
 AT_ONCE = 2
 """Constraints that are compiled beside one another."""
+NICE = 10
+"""How much they give way to everything else on the machine."""
 STEPS = 32
 """Tokens of some text that must be possible: enough to meet a rule that leads nowhere."""
 TOO_LONG = f"it takes more than {CPU_SECONDS} s to compile"
 TOO_LARGE = "it takes too much memory to compile, or is nested too deeply"
+TOO_BUSY = "the machine has too much else to do"
 
+_NO_THREAD = 2
+"""Exit status of a fork that could not begin."""
 _OOM_SCORE = 1000
 _TOKENIZERS = 8
 """That are kept."""
@@ -73,17 +79,25 @@ class Verdict(msgspec.Struct, frozen=True):
     id: int
     flaw: str
     """Why not; empty where they can."""
+    final: bool = True
+    """Whether it would be the same another time; False where nothing could be found out, for the reason in `flaw`."""
 
 
 class _Trial:
     """A fork that compiles; at `deadline` it has taken too long."""
 
     def __init__(self, question: Question, tokens: "LLTokenizer") -> None:
+        """Raises OSError where the system has no process for it."""
         self.question = question
         self.deadline = time.monotonic() + WALL_SECONDS
         self.said = b""
         self.pipe, into = os.pipe()
-        self._pid = os.fork()
+        try:
+            self._pid = os.fork()
+        except OSError:
+            os.close(self.pipe)
+            os.close(into)
+            raise
         if self._pid == 0:
             try:
                 _in_the_fork(lambda: os.write(into, _flaw(tokens, question.constraint).encode()[: select.PIPE_BUF]))
@@ -99,14 +113,15 @@ class _Trial:
 
     def end(self) -> Verdict:
         """Reap it, alive or not."""
-        late = time.monotonic() >= self.deadline
-        if late:
+        if time.monotonic() >= self.deadline:
             os.kill(self._pid, signal.SIGKILL)
         os.close(self.pipe)
         code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         if code == 0:
             return Verdict(self.question.id, self.said.decode(errors="replace"))
-        return Verdict(self.question.id, TOO_LONG if late or -code in (signal.SIGXCPU, signal.SIGKILL) else TOO_LARGE)
+        if code in (-signal.SIGKILL, _NO_THREAD):  # by the line above, or by the kernel where all memory is out
+            return Verdict(self.question.id, TOO_BUSY, final=False)
+        return Verdict(self.question.id, TOO_LONG if code == -signal.SIGXCPU else TOO_LARGE)
 
     def kill(self) -> None:
         """Nobody wants to know any more."""
@@ -117,8 +132,10 @@ def _in_the_fork(compile: Callable[[], object]) -> None:
     """Run `compile` within the limits and end this process, with status 0 where it was able to finish."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
+    os.nice(NICE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    # The hard limit, which ends it with SIGKILL as others do, is not to be the one that it meets.
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # where an allocation that fails is told
     with suppress(OSError):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -126,7 +143,10 @@ def _in_the_fork(compile: Callable[[], object]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     threading.stack_size(STACK)
     thread = threading.Thread(target=lambda: (compile(), os._exit(0)))
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:
+        os._exit(_NO_THREAD)
     thread.join()
 
 
@@ -135,9 +155,7 @@ def _flaw(tokens: "LLTokenizer", constraint: Constraint) -> str:
         compiled(tokens, constraint, steps=STEPS)
     except GrammarError as error:
         return str(error)
-    if constraint.kind == "json_schema" and endless(msgspec.json.decode(constraint.source)):
-        return "it refers to itself without an end"
-    return ""
+    return "it refers to itself without an end" if any(map(endless, documents(constraint))) else ""
 
 
 class Trials:
@@ -169,6 +187,8 @@ class Trials:
                 trial = _Trial(question, self._tokens(question.vocabulary))
             except GrammarError as error:
                 verdicts.append(Verdict(question.id, str(error)))
+            except OSError as error:
+                verdicts.append(Verdict(question.id, os.strerror(error.errno or 0), final=False))
             else:
                 self.running[trial.pipe] = trial
         return verdicts

@@ -1,8 +1,30 @@
 """JSON schemas that only endless texts fit: those that refer to themselves and never need not."""
 
+import json
+import re
+from collections.abc import Iterator
 from typing import Any
 
+from runtime.messages import Constraint
+
 Schema = Any
+
+_LARK = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<json>%json\s*(?=\{))')
+"""What can hold a schema's mark without meaning it: strings, comments, expressions; and the mark before an object."""
+
+
+def documents(constraint: Constraint) -> Iterator[Schema]:
+    """The JSON schemas in `constraint`, which llguidance takes."""
+    match constraint.kind:
+        case "json_schema":
+            yield json.loads(constraint.source)
+        case "lark":
+            end = 0
+            while (found := _LARK.search(constraint.source, end)) is not None:
+                end = found.end()
+                if found["json"] is not None:
+                    document, end = json.JSONDecoder().raw_decode(constraint.source, end)
+                    yield document
 
 
 def endless(document: Schema) -> bool:

@@ -16,6 +16,7 @@ from server import constraints
 from server.access import CLIENT
 from server.asked import Asked
 from server.attempts import Attempts
+from server.checker import CHECKER
 from server.choices import Choices
 from server.doors import Limits
 from server.engine_client import EngineClient, EngineUnavailableError
@@ -121,13 +122,16 @@ class Served:
 
         `prediction` is what the client expects as the answer; `calling` names the tools that the answers may call. Raises
         ApiError, here or while the answers are read: 400 if a prompt is empty, has no room in the context together with
-        max_tokens, or cannot be answered in the form that is asked for; 503.
+        max_tokens, or cannot be answered in the form that is asked for; 429, 503 and 504 as well.
         """
         self._check_ids("logit_bias", asked.sampling.logit_bias)
         self._check_ids("stop_token_ids", asked.stop_ids)
-        if asked.constraint is not None:
-            await constraints.check(asked.constraint, self._vocabulary, of=asked.form)
         arrived = request[ENTRY].arrived
+        if asked.constraint is not None:
+            left = limits.after(time.perf_counter() - arrived)
+            await request.app[CHECKER].check(
+                asked.constraint, self._vocabulary, of=asked.form, client=request[CLIENT].name, limits=left
+            )
         ready = [connection[1] for connection in ready_ones(self._replicas)] or [self._last()]
         for prompt in prompts:  # before the first of them is answered
             _room(ready[0], asked, prompt, of)

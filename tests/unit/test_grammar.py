@@ -61,6 +61,14 @@ def text(tiny_bundle: Path) -> Tokenizer:
     return Tokenizer.from_file(str(tiny_bundle / bundle.TOKENIZER))
 
 
+def wait_until_idle(grammars: Grammars, constraint: Constraint) -> None:
+    """The mask of its beginning is found in a thread."""
+    deadline = time.monotonic() + 10
+    while not any(matcher.constraint == constraint for matcher in grammars._idle):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def _grammars(folder: Path) -> Grammars:
     manifest = bundle.read(folder)
     return Grammars(folder / bundle.TOKENIZER, manifest.vocab_size, manifest.stop_ids)
@@ -297,6 +305,8 @@ def test_a_mask_that_is_late_holds_up_nobody_else(
     loop = Loop(engine, queue=100, speculation=False, grammars=grammars)
     bound = asking("bound", Constraint("regex", "[a-f]{30}"), 1.0)
     expected = tokens(run(loop, bound)["bound"])
+    assert bound.constraint is not None
+    wait_until_idle(grammars, bound.constraint)
     real, times = Masks.fill, itertools.count()
 
     def late(self: Masks, matcher: Any, row: int = 0) -> None:
@@ -394,8 +404,9 @@ def test_grammars_are_kept_for_the_next_answer_up_to_a_number(tiny_bundle: Path,
     constraints = [Constraint("regex", f"a{{{i}}}") for i in range(1, 5)]
     first = [made.matcher(constraint).result(30) for constraint in constraints]
     for matcher in first:
-        assert matcher.ready()
+        assert matcher.ready(0)
         made.give_back(matcher)
+        wait_until_idle(made, matcher.constraint)
     assert made.matcher(constraints[3]).result(0) is first[3]
     assert made.matcher(constraints[3]).result(30) is not first[3]  # which somebody has
     assert made.matcher(constraints[0]).result(30) is not first[0]
