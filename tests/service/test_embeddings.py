@@ -271,9 +271,12 @@ async def _computes(running: Running, before: list[int]) -> bool:
 
 async def test_time_limits_are_kept(embedding_engines: Path) -> None:
     async with serve(embedding_engines, "--model=bert", "--total-seconds=0.5", seconds=60) as running:
-        status, error = await ask(running, input=[[5] * 128] * 2048)
-        assert (status, error["code"]) == (504, "timeout")
-        assert "texts were computed" in error["message"]
+        told = await asyncio.gather(*(ask(running, input=[[5] * 128] * 2048) for _ in range(12)))
+        late = [answer for status, answer in told if status == 504]
+        assert late, "no machine computes as many tokens as may wait in half a second"
+        assert {status for status, _ in told} <= {200, 429, 504}
+        assert {error["code"] for error in late} == {"timeout"}
+        assert all("texts were computed" in error["message"] or "waited" in error["message"] for error in late)
 
 
 async def test_a_model_for_embeddings_is_placed_by_what_it_takes(embedding_engines: Path) -> None:
