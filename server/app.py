@@ -10,21 +10,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 from runtime import logs
 from server import cors, journal
 from server.access import ACCESS, CLIENT, Access, Client, identify
-from server.api import (
-    admin,
-    chat,
-    completions,
-    embeddings,
-    error_shapes,
-    gemini,
-    generate,
-    messages,
-    models,
-    openapi,
-    responses,
-    tokenizing,
-)
+from server.api import admin, error_shapes, generate, openapi, tokenizing
+from server.api.anthropic import messages
 from server.api.bodies import MAX_BODY
+from server.api.google import gemini
+from server.api.openai import chat, completions, embeddings, models, responses
 from server.api.streaming import CLIENT_GONE
 from server.checker import checking
 from server.errors import ApiError

@@ -14,7 +14,7 @@ from rich.console import Console
 from yarl import URL
 
 from server import client_key
-from server.api.answers import ChatChunk, ModelList
+from server.api.openai.answers import ChatChunk, ModelList
 from server.errors import ErrorBody
 
 HELP = "/clear forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"

@@ -13,20 +13,23 @@ import msgspec
 from aiohttp import web
 
 from server.access import METRICS, OPEN, in_gemini
-from server.api import field_docs, gemini, messages_answers, responses_answers
+from server.api import field_docs
 from server.api.admin import ModelStatus, ServerStatus
-from server.api.answers import ChatChunk, ChatCompletion, Completion, Model, ModelList
+from server.api.anthropic import answers as messages_answers
+from server.api.anthropic.answers import MessagesAnswer, TokenCount
+from server.api.anthropic.bodies import Conversation, MessagesBody
 from server.api.bodies import MAX_BODY, GenerateBody
-from server.api.embeddings import EmbeddingBody, EmbeddingList
 from server.api.error_shapes import GeminiError, MessagesError
-from server.api.gemini_answers import CountTokensAnswer, GeminiModel, GeminiModelList, GenerateContentAnswer
-from server.api.gemini_bodies import CountTokensBody, GenerateContentBody
 from server.api.generate import NDJSON, LastLine, Line
-from server.api.messages_answers import MessagesAnswer, TokenCount
-from server.api.messages_bodies import Conversation, MessagesBody
-from server.api.openai_bodies import ChatBody, CompletionBody
-from server.api.responses_answers import ResponseObject
-from server.api.responses_bodies import ResponsesBody
+from server.api.google import gemini
+from server.api.google.answers import CountTokensAnswer, GeminiModel, GeminiModelList, GenerateContentAnswer
+from server.api.google.bodies import CountTokensBody, GenerateContentBody
+from server.api.openai import responses_answers
+from server.api.openai.answers import ChatChunk, ChatCompletion, Completion, Model, ModelList
+from server.api.openai.bodies import ChatBody, CompletionBody
+from server.api.openai.embeddings import EmbeddingBody, EmbeddingList
+from server.api.openai.responses_answers import ResponseObject
+from server.api.openai.responses_bodies import ResponsesBody
 from server.api.tokenizing import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 from server.errors import ErrorBody
 from server.journal import HEADER

@@ -13,7 +13,7 @@ from runtime.bundle import Task
 from runtime.messages import Sampling
 from runtime.text import Text
 from server.api.bodies import Refused, read
-from server.api.openai_bodies import MAX_TOOLS, MAX_TURNS, FunctionTool, Message
+from server.api.openai.bodies import MAX_TOOLS, MAX_TURNS, FunctionTool, Message
 from server.api.writing import json
 from server.asked import Asked
 from server.conversation import Chat, tokenize

@@ -11,9 +11,10 @@ import pytest
 
 from runtime.bundle import Bundle
 from runtime.messages import Generate, Sampling
-from server.api import gemini, messages
-from server.api.gemini_bodies import FunctionCall, FunctionResponse, GeminiContent, GeminiPart, GenerateContentBody
-from server.api.messages_bodies import MessagesBody, MessagesTurn, TextBlock
+from server.api.anthropic import messages
+from server.api.anthropic.bodies import MessagesBody, MessagesTurn, TextBlock
+from server.api.google import gemini
+from server.api.google.bodies import FunctionCall, FunctionResponse, GeminiContent, GeminiPart, GenerateContentBody
 from server.asked import Asked
 from server.conversation import Chat
 from tests.pace import LINEAR, growth

@@ -15,9 +15,9 @@ from aiohttp import web
 from runtime.messages import Generate, Progress, Row, Sampling
 from server import app, keys
 from server.access import Access
-from server.api.gemini import Array, _Writer, chat
-from server.api.gemini_bodies import GenerateContentBody, normal
-from server.api.gemini_schema import json_schema
+from server.api.google.bodies import GenerateContentBody, normal
+from server.api.google.gemini import Array, _Writer, chat
+from server.api.google.schema import json_schema
 from server.asked import Asked
 from server.errors import ApiError
 from server.generation import Piece, PromptDetails, Usage

@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from runtime.messages import Cancel, Generate, Sampling
+from server.api.anthropic.bodies import MessagesBody
+from server.api.anthropic.messages import MessageStream, chat
 from server.api.bodies import MAX_BODY
-from server.api.messages import MessageStream, chat
-from server.api.messages_bodies import MessagesBody
 from server.asked import Asked
 from server.conversation import Named
 from server.generation import Piece, PromptDetails, Usage

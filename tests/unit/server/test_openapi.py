@@ -6,7 +6,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator, validate
 
 from server import app
 from server.api.bodies import GenerateBody
-from server.api.openai_bodies import ChatBody, CompletionBody
+from server.api.openai.bodies import ChatBody, CompletionBody
 from server.api.openapi import OPERATIONS, Schema, document
 from tests.unit.server.house import House
 

@@ -10,8 +10,8 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from runtime.messages import Generate, Progress, Row
-from server.api.responses import ResponseStream, chat
-from server.api.responses_bodies import ResponsesBody
+from server.api.openai.responses import ResponseStream, chat
+from server.api.openai.responses_bodies import ResponsesBody
 from server.conversation import Named
 from server.generation import Piece, PromptDetails, Usage
 from server.served import Served

@@ -8,7 +8,7 @@ from msgspec import Meta
 from runtime.messages import Constraint, Sampling
 from server import constraints
 from server.api.bodies import MAX_STOPS, Positive, Refused, StopString
-from server.api.openai_bodies import MAX_TOOLS, MAX_TURNS
+from server.api.openai.bodies import MAX_TOOLS, MAX_TURNS
 from server.asked import Asked, seed
 
 MessagesToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]

@@ -7,7 +7,7 @@ from typing import TypedDict
 
 from msgspec import UNSET, UnsetType
 
-from server.api.openai_bodies import OpenAIBody
+from server.api.openai.bodies import OpenAIBody
 from server.api.writing import SSE, encode
 from server.choices import Choices
 from server.errors import ApiError

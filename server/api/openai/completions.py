@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from aiohttp import web
 
 from runtime.text import Text
-from server.api.answers import Completion, CompletionChoice, CompletionLogprobs, told
 from server.api.bodies import read
-from server.api.events import DONE, Events, Frame, head
-from server.api.openai_bodies import MAX_CHOICES, CompletionBody
+from server.api.openai.answers import Completion, CompletionChoice, CompletionLogprobs, told
+from server.api.openai.bodies import MAX_CHOICES, CompletionBody
+from server.api.openai.events import DONE, Events, Frame, head
 from server.api.streaming import send
 from server.api.writing import event, json
 from server.choices import Choices, Whole

@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from server.api.answers import TokenLogprob
-from server.api.responses_bodies import ResponseChoice, ResponseTool, TextConfig
+from server.api.openai.answers import TokenLogprob
+from server.api.openai.responses_bodies import ResponseChoice, ResponseTool, TextConfig
 from server.generation import Usage
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]

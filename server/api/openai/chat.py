@@ -5,7 +5,8 @@ import secrets
 from aiohttp import web
 from msgspec import UNSET
 
-from server.api.answers import (
+from server.api.bodies import read
+from server.api.openai.answers import (
     AssistantMessage,
     ChatChoice,
     ChatChunk,
@@ -17,9 +18,8 @@ from server.api.answers import (
     ToolCall,
     ToolCallDelta,
 )
-from server.api.bodies import read
-from server.api.events import DONE, Events, Frame, head
-from server.api.openai_bodies import ChatBody, FunctionTool, NamedChoice
+from server.api.openai.bodies import ChatBody, FunctionTool, NamedChoice
+from server.api.openai.events import DONE, Events, Frame, head
 from server.api.streaming import send
 from server.api.writing import event, json
 from server.choices import Choices, Whole

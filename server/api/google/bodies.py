@@ -9,8 +9,8 @@ from msgspec import Meta
 from runtime.messages import MOST_ALTERNATIVES, Constraint, Sampling
 from server import constraints
 from server.api.bodies import MAX_STOPS, Penalty, Positive, Refused, StopString
-from server.api.gemini_schema import json_schema
-from server.api.openai_bodies import MAX_TOOLS, MAX_TURNS
+from server.api.google.schema import json_schema
+from server.api.openai.bodies import MAX_TOOLS, MAX_TURNS
 from server.asked import Asked, seed
 from server.errors import bad_request
 

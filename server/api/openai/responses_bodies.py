@@ -9,7 +9,7 @@ from msgspec import Meta
 from runtime.messages import MOST_ALTERNATIVES
 from server import constraints
 from server.api.bodies import GenerationBody, Make, Positive, Refused
-from server.api.openai_bodies import MAX_TOOLS, MAX_TURNS
+from server.api.openai.bodies import MAX_TOOLS, MAX_TURNS
 from server.tools.calls import ToolName
 
 LOGPROBS = "message.output_text.logprobs"

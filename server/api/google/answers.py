@@ -6,7 +6,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from runtime.text import Text
-from server.api.answers import told
+from server.api.openai.answers import told
 from server.generation import Piece, Usage
 
 FinishedBecause = Literal["STOP", "MAX_TOKENS", "MALFORMED_FUNCTION_CALL"]

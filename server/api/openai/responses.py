@@ -7,9 +7,9 @@ from typing import Any, Literal, TypedDict
 import msgspec
 from aiohttp import web
 
-from server.api.answers import TokenLogprob, token_logprobs
 from server.api.bodies import read
-from server.api.responses_answers import (
+from server.api.openai.answers import TokenLogprob, token_logprobs
+from server.api.openai.responses_answers import (
     ArgumentsDelta,
     ArgumentsDone,
     Completed,
@@ -34,7 +34,7 @@ from server.api.responses_answers import (
     TextDelta,
     TextDone,
 )
-from server.api.responses_bodies import (
+from server.api.openai.responses_bodies import (
     AllowedChoice,
     AnyText,
     FunctionChoice,

@@ -11,7 +11,7 @@ from runtime.messages import Sampling
 from server import fleet
 from server.api.bodies import as_written, read
 from server.api.error_shapes import GeminiError
-from server.api.gemini_answers import (
+from server.api.google.answers import (
     AnswerContent,
     AnswerPart,
     CalledFunctionPart,
@@ -24,8 +24,8 @@ from server.api.gemini_answers import (
     LogprobsResult,
     UsageMetadata,
 )
-from server.api.gemini_bodies import CountTokensBody, FunctionDeclaration, GeminiContent, GenerateContentBody, normal
-from server.api.gemini_schema import json_schema
+from server.api.google.bodies import CountTokensBody, FunctionDeclaration, GeminiContent, GenerateContentBody, normal
+from server.api.google.schema import json_schema
 from server.api.streaming import Form, send
 from server.api.writing import SSE, decoded, encode, event, json
 from server.asked import Asked

@@ -8,9 +8,7 @@ import msgspec
 from aiohttp import web
 
 from runtime.messages import Sampling
-from server.api.bodies import as_written, read
-from server.api.error_shapes import MessagesError
-from server.api.messages_answers import (
+from server.api.anthropic.answers import (
     BlockDelta,
     BlockStart,
     BlockStop,
@@ -28,7 +26,7 @@ from server.api.messages_answers import (
     TokenCount,
     ToolUse,
 )
-from server.api.messages_bodies import (
+from server.api.anthropic.bodies import (
     AnyChoice,
     AutoChoice,
     Conversation,
@@ -40,6 +38,8 @@ from server.api.messages_bodies import (
     ToolResultBlock,
     ToolUseBlock,
 )
+from server.api.bodies import as_written, read
+from server.api.error_shapes import MessagesError
 from server.api.streaming import send
 from server.api.writing import SSE, decoded, encode, json, named_events
 from server.asked import Asked

@@ -4,8 +4,8 @@ from aiohttp import web
 
 from server import fleet
 from server.access import of_gemini
-from server.api import gemini
-from server.api.answers import Model, ModelList
+from server.api.google import gemini
+from server.api.openai.answers import Model, ModelList
 from server.api.writing import json
 from server.service import SERVICE, Service
 

@@ -1,0 +1,1 @@
+"""Anthropic's routes, as translations to a chat."""

@@ -1,0 +1,1 @@
+"""Google's Gemini routes, as translations to a chat."""
