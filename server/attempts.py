@@ -19,12 +19,25 @@ MOST = 2
 makes a worker die as often in a row as gets its model quarantined."""
 PATIENCE_SECONDS = 60.0
 """How long a request waits for an engine that takes the place of its own."""
-LOOK_SECONDS = 0.05
+_LOOK_SECONDS = 0.05
 
 log = logging.getLogger(__name__)
 
 Find = Callable[[], EngineClient | None]
 """Gives an engine that takes requests now, or None."""
+
+
+async def found(find: Find) -> EngineClient:
+    """What `find` gives, as soon as it gives an engine. Raises EngineUnavailableError once that took `PATIENCE_SECONDS`."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + PATIENCE_SECONDS
+    while (client := find()) is None:
+        if loop.time() > deadline:
+            raise EngineUnavailableError(
+                f"The engine stopped, and no other was ready within {PATIENCE_SECONDS:.0f} seconds. Try again later."
+            )
+        await asyncio.sleep(_LOOK_SECONDS)
+    return client
 
 
 class Attempts:
@@ -70,14 +83,7 @@ class Attempts:
         return self._open.enter_context(client.generate(self._request))
 
     async def _again(self) -> Answer:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + PATIENCE_SECONDS
-        while (client := self._find()) is None:
-            if loop.time() > deadline:
-                raise EngineUnavailableError(
-                    f"The engine stopped, and no other was ready within {PATIENCE_SECONDS:.0f} seconds. Try again later."
-                )
-            await asyncio.sleep(LOOK_SECONDS)
+        client = await found(self._find)
         if self._made:
             log.info("a request whose engine stopped before it answered is asked for again")
         return self._ask(client)

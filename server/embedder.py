@@ -1,6 +1,5 @@
 """A model for embeddings as requests use it: texts become tokens, and its engines make vectors of them."""
 
-import asyncio
 import logging
 import time
 
@@ -11,12 +10,11 @@ from aiohttp import web
 
 from runtime.messages import Embed, Embedded
 from server.access import CLIENT
-from server.attempts import LOOK_SECONDS, MOST, PATIENCE_SECONDS
+from server.attempts import MOST, found
 from server.doors import Limits
-from server.engine_client import EngineClient, EngineUnavailableError
+from server.engine_client import EngineUnavailableError
 from server.generation import ENDINGS, told
 from server.journal import ENTRY
-from server.replicas import least_busy
 from server.served import Served
 
 Floats = npt.NDArray[np.float32]
@@ -72,8 +70,8 @@ class Embedder(Served):
     async def _ask(self, wanted: Embed) -> tuple[Embedded, str]:
         """The engine's answer, and the device that it is from."""
         for attempt in range(1, MOST + 1):
-            client = await self._engine()
-            device = next((replica.device for replica in self._replicas if replica.client is client), self._replicas[0].device)
+            client = await found(self._other)
+            device = self._device(client)
             try:
                 return await client.embed(wanted), device
             except EngineUnavailableError:
@@ -81,16 +79,3 @@ class Embedder(Served):
                     raise
                 log.info("a request whose engine stopped before it answered is asked for again")
         raise AssertionError("the last attempt returns or raises")
-
-    async def _engine(self) -> EngineClient:
-        """The connection with the least to do; waits for one where there is none now. Raises EngineUnavailableError."""
-        deadline = asyncio.get_running_loop().time() + PATIENCE_SECONDS
-        while (connection := least_busy(self._replicas)) is None:
-            if self.over:
-                raise EngineUnavailableError("The engine stopped, and will not be started again. Try again later.")
-            if asyncio.get_running_loop().time() > deadline:
-                raise EngineUnavailableError(
-                    f"The engine stopped, and no other was ready within {PATIENCE_SECONDS:.0f} seconds. Try again later."
-                )
-            await asyncio.sleep(LOOK_SECONDS)
-        return connection[0]

@@ -182,15 +182,18 @@ class Served:
             queue_seconds=limits.queue_seconds,
             total_seconds=total,
         )
-        device = next((replica.device for replica in self._replicas if replica.client is client), self._replicas[0].device)
         with Attempts(wanted, client, self._other) as answer:
-            metrics = self._metrics.of(self.name, device)
+            metrics = self._metrics.of(self.name, self._device(client))
             text = self.text.stream(asked.stops, keep=() if calling is None else self.tools.special)
             parser = None if calling is None else self.tools.parser(calling)
             yield Generation(prompt, request[ENTRY].arrived, answer, text, metrics, parser, silent=not room)
 
+    def _device(self, client: EngineClient | None) -> str:
+        """What the engine behind `client` runs on."""
+        return next((replica.device for replica in self._replicas if replica.client is client), self._replicas[0].device)
+
     def _other(self) -> EngineClient | None:
-        """An engine for a request whose own has stopped; raises EngineUnavailableError where there will be none."""
+        """An engine for a request that has lost or had none; raises EngineUnavailableError where there will be none."""
         connection = least_busy(self._replicas)
         if connection is None and self.over:
             raise EngineUnavailableError("The engine stopped, and will not be started again. Try again later.")
