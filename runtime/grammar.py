@@ -257,9 +257,7 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles constraints for the answers of one engine, in threads of its own. Nothing is loaded before `load` or the first
-    one.
-    """
+    """Compiles constraints for the answers of one engine, in threads of its own. Nothing is loaded before the first one."""
 
     def __init__(self, path: Path, vocab_size: int, stop_ids: Iterable[int]) -> None:
         """`path` is the bundle's tokenizer.json; `vocab_size` is the width of the engine's logits; `stop_ids` end an answer."""

@@ -13,7 +13,7 @@ _APART = 0x9E3779B97F4A7C15
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """How one or several answers to a prompt are to be made."""
 
-    sampling: Sampling
+    sampling: Sampling = Sampling()
     max_tokens: int | None = None
     """None takes what the prompt leaves of the context."""
     limit: str = "max_tokens"

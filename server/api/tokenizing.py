@@ -10,7 +10,6 @@ from aiohttp import web
 from msgspec import Meta
 
 from runtime.bundle import Task
-from runtime.messages import Sampling
 from runtime.text import Text
 from server.api.bodies import Refused, read
 from server.api.openai.bodies import MAX_TOOLS, MAX_TURNS, FunctionTool, Message
@@ -20,7 +19,6 @@ from server.conversation import Chat, tokenize
 from server.journal import ENTRY
 from server.served import LONG_TEXT, Served
 from server.service import SERVICE
-from server.tools import Tool
 
 MAX_TOKENS = 2**17
 """Tokens of one text."""
@@ -114,11 +112,10 @@ async def _lease(request: web.Request, name: str | None) -> AsyncIterator[Served
 
 
 def _chat(body: TokenizeBody) -> Chat:
-    functions = [tool.function for tool in body.tools or ()]
     return Chat(
         messages=[message.turn() for message in body.messages or ()],
-        asked=Asked(sampling=Sampling()),
-        tools=tuple(Tool(each.name, each.description, each.parameters, each.strict) for each in functions),
+        asked=Asked(),
+        tools=tuple(tool.function for tool in body.tools or ()),
         continue_final_message=bool(body.continue_final_message),
         add_generation_prompt=body.add_generation_prompt is not False,
         template_options=body.chat_template_kwargs or {},

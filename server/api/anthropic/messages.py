@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from runtime.messages import Sampling
 from server.api.anthropic.answers import (
     BlockDelta,
     BlockStart,
@@ -79,7 +78,7 @@ async def count_tokens(request: web.Request) -> web.Response:
     body = await read(request, Conversation)
     async with request.app[SERVICE].lease(request, body.model) as (served, _):
         request[ENTRY].model = served.name
-        tokens = await tokenize(served, chat(body, Asked(sampling=Sampling())))
+        tokens = await tokenize(served, chat(body, Asked()))
         return json(TokenCount(len(tokens)))
 
 

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import msgspec
 from aiohttp import web
 
-from runtime.messages import Sampling
 from server import fleet
 from server.api.bodies import as_written, read
 from server.api.error_shapes import GeminiError
@@ -66,7 +65,7 @@ async def count_tokens(request: web.Request) -> web.Response:
     body = await read(request, CountTokensBody, normal)
     async with request.app[SERVICE].lease(request, request.match_info["model"]) as (served, _):
         request[ENTRY].model = served.name
-        return json(CountTokensAnswer(len(await tokenize(served, chat(body.asked, Asked(sampling=Sampling()))))))
+        return json(CountTokensAnswer(len(await tokenize(served, chat(body.asked, Asked())))))
 
 
 async def models(request: web.Request) -> web.Response:

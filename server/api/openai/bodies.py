@@ -10,7 +10,7 @@ from runtime.messages import MOST_ALTERNATIVES
 from server import constraints
 from server.api.bodies import GenerationBody, Make, Positive, Refused
 from server.asked import Asked
-from server.tools.calls import ToolName
+from server.tools import Tool
 
 MAX_CHOICES = 128
 """Answers to one request."""
@@ -162,21 +162,11 @@ class SchemaFormat(msgspec.Struct, frozen=True, tag_field="type", tag="json_sche
 ResponseFormat = TextFormat | JsonFormat | SchemaFormat
 
 
-class Function(msgspec.Struct, frozen=True):
-    """A function that the model may call."""
-
-    name: ToolName
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    """A JSON schema of an object; absent takes none."""
-    strict: bool | None = None
-
-
 class FunctionTool(msgspec.Struct, frozen=True):
     """A tool."""
 
     type: Literal["function"]
-    function: Function
+    function: Tool
 
 
 class FunctionName(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from server.api.openai.answers import (
     ToolCall,
     ToolCallDelta,
 )
-from server.api.openai.bodies import ChatBody, FunctionTool, NamedChoice
+from server.api.openai.bodies import ChatBody, NamedChoice
 from server.api.openai.events import DONE, Events, Frame, head
 from server.api.streaming import send
 from server.api.writing import event, json
@@ -26,7 +26,7 @@ from server.choices import Choices, Whole
 from server.conversation import Chat, Named, converse
 from server.generation import Piece
 from server.served import Served
-from server.tools import Arguments, CallStarted, Event, Tool
+from server.tools import Arguments, CallStarted, Event
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -46,7 +46,7 @@ def chat(body: ChatBody) -> Chat:
     return Chat(
         messages=[message.turn() for message in body.messages],
         asked=body.asked(count=body.n or 1, top_logprobs=body.top_logprobs or 0),
-        tools=tuple(map(_tool, body.tools or ())),
+        tools=tuple(tool.function for tool in body.tools or ()),
         choice=choice,
         parallel=body.parallel_tool_calls is not False,
         continue_final_message=bool(body.continue_final_message),
@@ -54,11 +54,6 @@ def chat(body: ChatBody) -> Chat:
         template_options=body.chat_template_kwargs or {},
         prediction=body.prediction.text if body.prediction is not None else "",
     )
-
-
-def _tool(tool: FunctionTool) -> Tool:
-    function = tool.function
-    return Tool(function.name, function.description, function.parameters, function.strict)
 
 
 def _choice(index: int, whole: Whole, body: ChatBody, served: Served) -> ChatChoice:
