@@ -75,6 +75,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     plans.add_argument(
         "--strip-weights", action="store_true", help="leave the weights out of the plan; the ONNX beside it has them"
     )
+    parser.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help="tokens of a prompt and its answer together (default: the model's own)"
+    )
     parser.add_argument("--name", help="the bundle's name (default: the model's)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument(
@@ -177,6 +180,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
             arguments.tools,
             task=task,
             pooling=arguments.pooling,
+            max_length=arguments.max_length,
         )
     if arguments.revision is not None:
         raise ExportError("--revision goes with a MODEL on the hub; a recipe names its own")
@@ -189,6 +193,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
             arguments.tools or read.tools,
             arguments.task or read.task,
             arguments.pooling or read.pooling,
+            arguments.max_length or read.max_length,
         )
     )
 

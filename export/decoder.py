@@ -14,6 +14,9 @@ from export.survey import probe_tokens, survey
 
 __all__ = ["Layer", "Survey", "in_dtype", "prepare", "probe_tokens", "survey", "trace"]
 
+INPUTS = ("input_ids", "position_ids", "kv_lengths", "kv_range", "rope_lengths", "logit_rows")
+"""A step's inputs beside the slots."""
+
 _LONGEST_REASON = 300
 """Characters of an exporter's error that are worth reading."""
 
@@ -22,9 +25,10 @@ _LONGEST_REASON = 300
 def trace(model: PreTrainedModel, seen: Survey, dialect: Dialect = "onnxruntime", capacity: int | None = None) -> Any:
     """The step of `model`, in its own dtype, as an ONNX IR model (weights stay the model's own tensors).
 
-    Inputs: input_ids, position_ids [batch, seq] int64; kv_lengths [batch] int32; kv_range [longest] int64; logit_rows
-    [rows] int64; past.N.key, past.N.value [batch, kv_heads, capacity, dim]. Outputs: logits [rows, vocab] float32 and the
-    same buffers as present.N.key, present.N.value. `capacity` fixes the slots' length, None leaves it to the runtime.
+    Inputs: input_ids, position_ids [batch, seq] int64; kv_lengths [batch] int32; kv_range [longest] int64; rope_lengths
+    [batch] int32; logit_rows [rows] int64; past.N.key, past.N.value [batch, kv_heads, capacity, dim]. Outputs: logits [rows,
+    vocab] float32 and the same buffers as present.N.key, present.N.value. `capacity` fixes the slots' length, None leaves it
+    to the runtime.
     """
     batch, seq, longest, rows = 2, 3, 7, 5
     size = capacity or 16
@@ -36,6 +40,7 @@ def trace(model: PreTrainedModel, seen: Survey, dialect: Dialect = "onnxruntime"
         lengths[:, None].long() - seq + torch.arange(seq)[None],
         lengths,
         torch.arange(longest),
+        lengths.clone(),
         torch.arange(rows),
         [torch.zeros(batch, layer.kv_heads, size, layer.key_dim, dtype=dtype) for layer in layers],
         [torch.zeros(batch, layer.kv_heads, size, layer.value_dim, dtype=dtype) for layer in layers],
@@ -52,12 +57,13 @@ def trace(model: PreTrainedModel, seen: Survey, dialect: Dialect = "onnxruntime"
                 {0: "batch", 1: "seq"},
                 {0: "batch"},
                 {0: "longest"},
+                {0: "batch"},
                 {0: "rows"},
                 kv_axes,
                 kv_axes,
             ),
             opset_version=23,
-            input_names=["input_ids", "position_ids", "kv_lengths", "kv_range", "logit_rows", *(f"past.{n}" for n in names)],
+            input_names=[*INPUTS, *(f"past.{n}" for n in names)],
             output_names=["logits", *(f"present.{n}" for n in names)],
             custom_translation_table=TRANSLATIONS,
             verbose=False,

@@ -12,6 +12,8 @@ from runtime.bundle import Pooling, Precision, Target, Task, ToolFormat
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
+MIN_LENGTH = 32
+"""Tokens that a model must take, for its engine to be verified."""
 CONTEXT = 4096
 """Tokens a slot of a plan holds unless the model has fewer or the recipe says otherwise."""
 
@@ -79,6 +81,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     task: Task = "text-generation"
     pooling: Pooling | None = None
     """Of a model for embeddings whose files do not say it."""
+    max_length: int | None = None
+    """Tokens that a prompt and its answer may have together; None takes what the model was made for."""
 
 
 def read(path: Path) -> Recipe:
@@ -110,6 +114,8 @@ def checked(recipe: Recipe) -> Recipe:
     names = [build.name for build in recipe.variants]
     if len(set(names)) < len(names):
         raise ExportError(f"recipe {recipe.name!r} names a variant twice ({', '.join(names)}); name each once")
+    if recipe.max_length is not None and recipe.max_length < MIN_LENGTH:
+        raise ExportError(f"recipe {recipe.name!r}: max_length is {recipe.max_length}; it is at least {MIN_LENGTH} tokens")
     for build in recipe.variants:
         _check(build)
     if recipe.task == "feature-extraction":
@@ -148,6 +154,7 @@ def of(
     tools: ToolFormat | Literal["none"] | None = None,
     task: Task = "text-generation",
     pooling: Pooling | None = None,
+    max_length: int | None = None,
 ) -> Recipe:
     """The recipe that the command line says: `model` is a hub id (`ID` or `ID:FILE.gguf`), a folder or a GGUF file."""
     path = Path(model).expanduser()
@@ -160,4 +167,4 @@ def of(
         file = file_name or None
     reference = ModelReference(file=file, revision=revision, **{kind: where})
     plain = re.sub(r"[^a-z0-9._-]+", "-", (Path(where).stem if path.is_file() else Path(where).name).lower()).strip("-._")
-    return checked(Recipe(name or plain, reference, variants, tools, task, pooling))
+    return checked(Recipe(name or plain, reference, variants, tools, task, pooling, max_length))

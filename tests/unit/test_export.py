@@ -150,7 +150,8 @@ def test_given_a_model_when_exported_then_the_folder_holds_what_the_manifest_nam
 def test_given_a_model_when_exported_then_every_float_token_was_transformers_own(tiny_bundle: Path) -> None:
     proof = bundle.read(tiny_bundle).by_name["cpu-fp32"].verification
     assert proof is not None
-    assert proof.tokens == proof.equal == 6 * 24
+    assert proof.tokens == proof.equal == 7 * 24  # six texts, and one that ends with the last position
+    assert proof.longest == tiny.POSITIONS
     assert proof.reference.startswith("transformers 5")
 
 
@@ -590,7 +591,7 @@ def test_given_an_engine_with_other_tokens_when_proved_then_nothing_is_published
     damaged_trace(monkeypatch)
     said = refused(published.parent, tiny.recipe(tiny_model, build), verify=True, kind=UnsupportedModel)
     assert said.startswith(sentence)
-    assert "of 144" in said
+    assert "of 168" in said
     assert "--no-verify publishes it all the same" in said
     assert left(published.parent) == ["tiny"]
 
