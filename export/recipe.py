@@ -8,10 +8,12 @@ from typing import Literal
 import msgspec
 
 from export.errors import ExportError
-from runtime.bundle import Pooling, Precision, Target, Task, ToolFormat
+from runtime.bundle import Pooling, Precision, SamplingDefaults, Target, Task, ToolFormat
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
+TokenizerChoice = Literal["file", "transformers"]
+"""Whose tokenizer is taken: the authors' tokenizer.json, where there is one, or what AutoTokenizer makes of its vocabulary."""
 CONTEXT = 4096
 """Tokens a slot of a plan holds unless the model has fewer or the recipe says otherwise."""
 
@@ -79,6 +81,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     task: Task = "text-generation"
     pooling: Pooling | None = None
     """Of a model for embeddings whose files do not say it."""
+    tokenizer: TokenizerChoice = "file"
+    chat_template: str | None = None
+    """A file with the chat template that takes the place of the model's own."""
+    sampling: SamplingDefaults = SamplingDefaults()
+    """How tokens are drawn where a request does not say; what is left out is as the model's own files recommend."""
 
 
 def read(path: Path) -> Recipe:
@@ -116,6 +123,8 @@ def checked(recipe: Recipe) -> Recipe:
         elsewhere = [build.name for build in recipe.variants if build.target != "cpu"]
         if elsewhere:
             raise ExportError(f"embeddings are computed on the CPU only; variant {elsewhere[0]!r} cannot be built for them")
+        if recipe.chat_template is not None or recipe.sampling != SamplingDefaults():
+            raise ExportError(f"recipe {recipe.name!r}: a chat template and sampling are for answers, and embeddings have none")
     elif recipe.pooling is not None:
         raise ExportError(f"recipe {recipe.name!r}: pooling is for embeddings; it goes with the task feature-extraction")
     return recipe

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 4
+PROTOCOL = 5
 HEARTBEAT_SECONDS = 1.0
 """A worker sends a `Heartbeat` to each attached front end at least this often, also while it is idle."""
 
@@ -140,6 +140,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """Requests that may wait for a slot; one more is refused."""
     vocab_size: int
     pid: int
+    kernels: str = ""
+    """What computes, as `runtime.kernels` describes it."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):

@@ -7,6 +7,7 @@ from server.access import of_gemini
 from server.api.google import gemini
 from server.api.openai.answers import Model, ModelList
 from server.api.writing import json
+from server.asked import SILENT
 from server.service import SERVICE, Service
 
 
@@ -36,4 +37,5 @@ def _model(service: Service, model: fleet.Offer) -> Model:
         state=model.state,
         reason=model.reason or None,
         task=model.task,
+        sampling=model.sampling.over(SILENT) if model.task == "text-generation" else None,
     )
