@@ -153,7 +153,7 @@ class Export:
                 authors, notes = recipe.sampling.over(published), (*notes, *more)
             else:
                 text = replace(text, templates={})
-            tokenizer.check(text, _embeddings(model), checkpoint.path)
+            text = tokenizer.checked(text, _embeddings(model), checkpoint.path)
             said = [f"{text.tokenizer.get_vocab_size()} tokens", _named(text.templates)]
             said += [f"{written}'s tool calls"] if written else []
             stage.note = ", ".join(filter(None, [*said, sampling.described(authors)]))

@@ -86,10 +86,14 @@ def read_text(
     side = _of_folder(folder, choice) if gguf_file is None else _of_gguf(folder / gguf_file, choice)
     templates = side.templates if template is None else {DEFAULT_TEMPLATE: _read(template)}
     more = generation_config.eos_token_id if generation_config is not None else None
-    stop_ids = (*side.stop_ids, *(more if isinstance(more, list | tuple) else [more]))
+    stop_ids = _distinct((*side.stop_ids, *(more if isinstance(more, list | tuple) else [more])))
+    if not all(isinstance(id, int) for id in stop_ids):
+        raise ExportError(
+            f"generation_config.json of {folder} has eos_token_id {more!r}, which is not a token's id; correct it"
+        )
     for name, source in templates.items():
         _check_template(name, source, template or folder / (gguf_file or ""))
-    return replace(side, templates=templates, stop_ids=_distinct(stop_ids))
+    return replace(side, templates=templates, stop_ids=stop_ids)
 
 
 def for_embeddings(side: TextSide, *, lower: bool) -> TextSide:
@@ -100,9 +104,10 @@ def for_embeddings(side: TextSide, *, lower: bool) -> TextSide:
     return replace(side, templates={})
 
 
-def check(side: TextSide, rows: int, where: str | Path) -> None:
-    """Raise ExportError where `side`, of the model at `where`, makes nothing of ordinary text, or tokens that the model with
-    `rows` embeddings has not.
+def checked(side: TextSide, rows: int, where: str | Path) -> TextSide:
+    """`side` of the model at `where`, which has `rows` embeddings, without stop ids that it never gives.
+
+    Raises ExportError where the tokenizer makes nothing of ordinary text, or tokens that the model has not.
     """
     unknown = side.tokenizer.token_to_id(side.special_tokens.get("unk_token", ""))
     encoded = {text: side.tokenizer.encode(text, add_special_tokens=False).ids for text in corpus.ORDINARY}
@@ -118,6 +123,7 @@ def check(side: TextSide, rows: int, where: str | Path) -> None:
                 f"the tokenizer of {where} is not this model's: it turns {text!r} into the token {max(ids)} "
                 f"({side.tokenizer.id_to_token(max(ids))!r}), and the model has {rows}; fetch both from one place"
             )
+    return replace(side, stop_ids=tuple(id for id in side.stop_ids if 0 <= id < rows))
 
 
 def write_text(side: TextSide, folder: Path) -> tuple[str, ...]:
