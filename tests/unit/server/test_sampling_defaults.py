@@ -2,12 +2,15 @@
 
 import argparse
 import asyncio
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+import engineshed
 from runtime.bundle import Bundle, SamplingDefaults
 from runtime.messages import Generate, Sampling
 from server import serve
@@ -108,6 +111,31 @@ async def test_the_models_show_it(house: House) -> None:
     async with house.http.get("/v1beta/models/tiny") as response:
         google = await response.json()
     assert (google["temperature"], google["topP"], google["topK"]) == (0.2, 0.9, 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ([], ", temperature 0.2, top_p 0.9, top_k 7, min_p 0.05, repetition_penalty 1.1. "),
+        (["--temperature=0.5", "--model=tiny"], ", temperature 0.5, top_p 0.9, "),
+        (["--temperature=0"], ", always the likeliest token. "),
+    ],
+)
+async def test_chat_says_how_its_answers_are_drawn(
+    house: House, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], shown: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    async with house.http.get("/healthz") as response:
+        url = response.url.origin()
+    assert await asyncio.to_thread(engineshed.main, ["chat", f"--url={url}", *arguments]) == 0
+    assert f"tiny at {url}{shown}" in capsys.readouterr().out
+
+
+async def test_chat_with_a_model_that_is_not_there(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+    async with house.http.get("/healthz") as response:
+        url = response.url.origin()
+    assert await asyncio.to_thread(engineshed.main, ["chat", f"--url={url}", "--model=other"]) == 1
+    assert f"{url} has no model 'other'; it has tiny" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
