@@ -83,13 +83,14 @@ class Export:
         bundle has and the recipe does not are kept when both come from the same weights.
         """
         sample = None if self.text is None else _read(self.text)
+        template = None if recipe.chat_template is None else tokenizer.read_template(Path(recipe.chat_template))
         with self._stage("fetch") as stage:
             checkpoint = source.fetch(recipe.model, self.cache)
             stage.note = f"{checkpoint.source.kind} {checkpoint.source.name}"
         with self._stage("load") as stage:
             model = source.load(checkpoint, recipe.task)
             stage.note = f"{model.config.model_type}, {model.num_parameters() / 1e6:.0f}M parameters"
-        text, written, authors = self._text_side(recipe, checkpoint, model)
+        text, written, authors = self._text_side(recipe, checkpoint, model, template)
         folder = self.engines / recipe.name
         with publish.workshop(self.engines, recipe.name) as workshop:
             job: _Job | EmbeddingJob
@@ -135,7 +136,7 @@ class Export:
         return folder
 
     def _text_side(
-        self, recipe: Recipe, checkpoint: source.Checkpoint, model: PreTrainedModel
+        self, recipe: Recipe, checkpoint: source.Checkpoint, model: PreTrainedModel, template: str | None
     ) -> tuple[tokenizer.TextSide, ToolFormat | None, SamplingDefaults]:
         """How the model reads and writes text and calls of tools, and the sampling where a request says nothing of it."""
         with self._stage("tokenizer") as stage:
@@ -144,7 +145,7 @@ class Export:
                 checkpoint.gguf_file,
                 generation_config=getattr(model, "generation_config", None),
                 choice=recipe.tokenizer,
-                template=None if recipe.chat_template is None else Path(recipe.chat_template),
+                template=template,
             )
             written = tools.detect(text) if recipe.tools is None else tools.named(recipe.tools)
             authors, notes = SamplingDefaults(), text.notes

@@ -75,25 +75,38 @@ def read_text(
     *,
     generation_config: GenerationConfig | None = None,
     choice: TokenizerChoice = "file",
-    template: Path | None = None,
+    template: str | None = None,
 ) -> TextSide:
     """The text side of the model in `folder`, or of the file `gguf_file` in it.
 
-    The EOS tokens of `generation_config` are stop ids too. The chat template in the file `template` takes the place of all
-    that the model has. Raises ExportError.
+    The EOS tokens of `generation_config` are stop ids too. The chat template `template`, from `read_template`, takes the place
+    of all that the model has. Raises ExportError.
     """
     folder = Path(folder)
     side = _of_folder(folder, choice) if gguf_file is None else _of_gguf(folder / gguf_file, choice)
-    templates = side.templates if template is None else {DEFAULT_TEMPLATE: _read(template)}
     more = generation_config.eos_token_id if generation_config is not None else None
     stop_ids = _distinct((*side.stop_ids, *(more if isinstance(more, list | tuple) else [more])))
     if not all(isinstance(id, int) for id in stop_ids):
         raise ExportError(
             f"generation_config.json of {folder} has eos_token_id {more!r}, which is not a token's id; correct it"
         )
-    for name, source in templates.items():
-        _check_template(name, source, template or folder / (gguf_file or ""))
-    return replace(side, templates=templates, stop_ids=stop_ids)
+    if template is not None:
+        return replace(side, templates={DEFAULT_TEMPLATE: template}, stop_ids=stop_ids)
+    for name, source in side.templates.items():
+        _check_template(name, source, folder / (gguf_file or ""))
+    return replace(side, stop_ids=stop_ids)
+
+
+def read_template(path: Path) -> str:
+    """The chat template in the file `path`. Raises ExportError where it is none."""
+    try:
+        source = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"the chat template {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ExportError(f"the chat template {path} is not UTF-8 text: {error}") from error
+    _check_template(DEFAULT_TEMPLATE, source, path)
+    return source
 
 
 def for_embeddings(side: TextSide, *, lower: bool) -> TextSide:
@@ -146,10 +159,7 @@ def _of_folder(folder: Path, choice: TokenizerChoice) -> TextSide:
         )
     if not (folder / "tokenizer.json").is_file():
         return _side(_fast(_by_class(folder), folder))
-    try:
-        published = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises nothing more specific
-        raise ExportError(f"{folder / 'tokenizer.json'} cannot be read ({error}); fetch it again") from error
+    published = _published(folder)
     if choice == "transformers":
         rebuilt = _fast(_by_class(folder), folder)
         return replace(_side(rebuilt), notes=_compared(published, rebuilt, choice))
@@ -160,6 +170,22 @@ def _of_folder(folder: Path, choice: TokenizerChoice) -> TextSide:
     if not isinstance(by_class, PreTrainedTokenizerFast):
         return _side(published)
     return replace(_side(by_class, published.backend_tokenizer), notes=_compared(published, by_class, choice))
+
+
+def _published(folder: Path) -> PreTrainedTokenizerFast:
+    """The folder's tokenizer.json as it is, with the tokens that tokenizer_config.json adds; raises ExportError."""
+    file = folder / "tokenizer.json"
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise ExportError(f"{file} cannot be read ({error}); fetch it again") from error
+    try:
+        loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a configuration can be wrong in
+        raise ExportError(
+            f"tokenizer_config.json in {folder} does not fit tokenizer.json ({error}); fetch both again"
+        ) from error
+    return loaded
 
 
 def _by_class(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
@@ -306,15 +332,6 @@ def _surround(tokenizer: Tokenizer, tokens: list[str], metadata: Mapping[str, An
             single=[name for name in ("bos", "$A", "eos") if name in ("$A", *ids)],
             special_tokens=[{"id": name, "ids": [id], "tokens": [tokens[id]]} for name, id in ids.items()],
         )
-
-
-def _read(template: Path) -> str:
-    try:
-        return template.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ExportError(f"the chat template {template} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ExportError(f"the chat template {template} is not UTF-8 text: {error}") from error
 
 
 def _check_template(name: str, source: object, where: Path) -> None:

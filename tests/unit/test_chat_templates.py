@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from gguf import GGUFWriter
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from export.errors import ExportError
-from export.tokenizer import TextSide, read_text, write_text
+from export.tokenizer import TextSide, read_template, read_text, write_text
 from export.tools import detect
 from runtime import bundle
 from runtime.bundle import FORMAT, Bundle, Source
@@ -164,7 +165,7 @@ def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
 def test_a_template_of_ones_own_takes_the_place_of_all(tmp_path: Path) -> None:
     folder, own = save(tmp_path / "model", listed(TEMPLATES)), tmp_path / "own.jinja"
     own.write_text("{{ bos_token }}{{ messages[0].content }}")
-    side = read_text(folder, template=own)
+    side = read_text(folder, template=read_template(own))
     assert side.templates == {"default": own.read_text()}
     assert bundled(side, tmp_path / "bundle").chat(CHAT, tools=[WEATHER]) == expected(
         folder, chat_template=own.read_text(), tools=[WEATHER]
@@ -184,7 +185,15 @@ def test_a_template_of_ones_own_that_is_none_is_refused(tmp_path: Path, content:
     if content is not None:
         own.write_bytes(content)
     with pytest.raises(ExportError, match=sentence):
-        read_text(save(tmp_path / "model", DEFAULT), template=own)
+        read_template(own)
+
+
+def test_a_template_of_ones_own_that_is_none_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    recipe = msgspec.structs.replace(tiny.recipe(tmp_path), chat_template=str(tmp_path / "own.jinja"))
+    progress = tiny.Silent()
+    with pytest.raises(ExportError, match=r"own\.jinja cannot be read"):
+        tiny.exporting(tmp_path / "engines", progress=progress).run(recipe)
+    assert progress.begun == []
 
 
 def test_a_gguf_has_its_templates_and_its_tokens_by_the_same_names(tmp_path: Path) -> None:

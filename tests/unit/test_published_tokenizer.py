@@ -133,6 +133,7 @@ def test_a_class_that_is_code_in_the_folder_is_not_run(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     config = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
     folder = save(tmp_path, byte_level(), "nonsense", **config)
+    (folder / "config.json").write_text(json.dumps({"model_type": "nonsense", "auto_map": {"AutoConfig": "mine.Mine"}}))
     (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w')\nclass Mine: pass\n")
     side = read_text(folder)
     assert not ran.exists()
@@ -148,6 +149,12 @@ def test_vocabulary_files_alone_go_through_transformers(tmp_path: Path) -> None:
     side = read_text(tmp_path)
     assert side.tokenizer.encode(DIGITS).tokens == ["65", *DIGITS[2:]]
     assert (side.special_tokens["eos_token"], side.stop_ids) == ("<|endoftext|>", (vocabulary["<|endoftext|>"],))
+
+
+def test_a_configuration_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    folder = save(tmp_path, byte_level(), added_tokens_decoder={"1": 7})
+    with pytest.raises(ExportError, match=r"tokenizer_config\.json in .* does not fit tokenizer\.json"):
+        read_text(folder)
 
 
 # What is no tokenizer ------------------------------------------------------------------------------------------------

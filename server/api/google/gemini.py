@@ -82,8 +82,8 @@ async def model(request: web.Request) -> web.Response:
 
 def _model(service: Service, model: fleet.Offer) -> GeminiModel:
     served = service.roster.loaded(model.name)
-    context = model.context if served is None else served.context
-    generates, used = model.task == "text-generation", SamplingParams().over(model.sampling)
+    context, sampling = (model.context, model.sampling) if served is None else (served.context, served.sampling)
+    generates, used = model.task == "text-generation", SamplingParams().over(sampling)
     return GeminiModel(
         f"models/{model.name}",
         model.name,
