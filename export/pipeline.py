@@ -3,9 +3,9 @@
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -13,14 +13,14 @@ from typing import Protocol
 import msgspec
 from transformers import PreTrainedModel
 
-from export import decoder, greedy, positions, publish, sentence, source, tokenizer, tools, verify
+from export import decoder, greedy, positions, publish, sampling, sentence, source, tokenizer, tools, verify
 from export import far as far_rows
 from export.compile import Compiler
 from export.embeddings import EmbeddingJob
 from export.errors import ExportError, UnsupportedModel
 from export.recipe import Build, Recipe
 from runtime import bundle
-from runtime.bundle import Bundle, Perplexity, Variant, Verification
+from runtime.bundle import Bundle, Perplexity, SamplingDefaults, ToolFormat, Variant, Verification
 from runtime.engine import EngineError
 from runtime.ort import OrtEngine
 
@@ -42,6 +42,9 @@ class Progress(Protocol):
     def end(self, stage: str, seconds: float, note: str) -> None:
         """It is over; `note` says what came of it."""
 
+    def notice(self, sentence: str) -> None:
+        """Tell whoever exports what they should know, whatever else is shown."""
+
 
 @dataclass
 class Stage:
@@ -54,6 +57,10 @@ class Stage:
     def advance(self, share: float) -> None:
         """Tell how much of it is done, from 0 to 1."""
         self.progress.advance(self.name, share)
+
+    def notice(self, sentence: str) -> None:
+        """Tell whoever exports what they should know of it."""
+        self.progress.notice(sentence)
 
 
 @dataclass
@@ -78,19 +85,14 @@ class Export:
         bundle has and the recipe does not are kept when both come from the same weights.
         """
         sample = None if self.text is None else _read(self.text)
+        template = None if recipe.chat_template is None else tokenizer.read_template(Path(recipe.chat_template))
         with self._stage("fetch") as stage:
             checkpoint = source.fetch(recipe.model, self.cache)
             stage.note = f"{checkpoint.source.kind} {checkpoint.source.name}"
         with self._stage("load") as stage:
             model = source.load(checkpoint, recipe.task)
             stage.note = f"{model.config.model_type}, {model.num_parameters() / 1e6:.0f}M parameters"
-        with self._stage("tokenizer") as stage:
-            text = tokenizer.read_text(
-                checkpoint.folder, checkpoint.gguf_file, generation_config=getattr(model, "generation_config", None)
-            )
-            written = tools.detect(text) if recipe.tools is None else tools.named(recipe.tools)
-            stage.note = f"{text.tokenizer.get_vocab_size()} tokens, {'a' if text.template else 'no'} chat template"
-            stage.note += f", {written}'s tool calls" if written else ""
+        text, written, authors = self._text_side(recipe, checkpoint, model, template)
         folder = self.engines / recipe.name
         with publish.workshop(self.engines, recipe.name) as workshop:
             job: _Job | EmbeddingJob
@@ -105,7 +107,7 @@ class Export:
                     seen = decoder.survey(model, recipe.max_length)
                     stage.note = _survey_note(seen)
                 job = _Job(self, model, seen, workshop, text, sample)
-            tokenizer.write_text(text, workshop)
+            texts = tokenizer.write_text(text, workshop)
             variants = tuple(job.build(build) for build in recipe.variants)
             manifest = Bundle(
                 format=bundle.FORMAT,
@@ -115,12 +117,13 @@ class Export:
                 vocab_size=job.vocab,
                 max_length=job.max_length,
                 stop_ids=text.stop_ids,
-                bos_id=text.bos_id,
-                files=tuple(bundle.describe(workshop, name) for name in _text_files(workshop)),
+                special_tokens=dict(text.special_tokens),
+                files=tuple(bundle.describe(workshop, name) for name in texts),
                 variants=variants,
                 created=int(time.time()),
                 tools=written,
                 task=recipe.task,
+                sampling=authors,
                 pooling=job.sentence.pooling if isinstance(job, EmbeddingJob) else None,
                 encoder=job.encoder if isinstance(job, EmbeddingJob) else None,
             )
@@ -132,6 +135,33 @@ class Export:
                 publish.replace(folder, workshop)
                 stage.note = str(folder)
         return folder
+
+    def _text_side(
+        self, recipe: Recipe, checkpoint: source.Checkpoint, model: PreTrainedModel, template: str | None
+    ) -> tuple[tokenizer.TextSide, ToolFormat | None, SamplingDefaults]:
+        """How the model reads and writes text and calls of tools, and the sampling where a request says nothing of it."""
+        with self._stage("tokenizer") as stage:
+            text = tokenizer.read_text(
+                checkpoint.folder,
+                checkpoint.gguf_file,
+                generation_config=getattr(model, "generation_config", None),
+                choice=recipe.tokenizer,
+                template=template,
+            )
+            written = tools.detect(text) if recipe.tools is None else tools.named(recipe.tools)
+            authors, notes = SamplingDefaults(), text.notes
+            if recipe.task == "text-generation":
+                published, more = sampling.read_sampling(checkpoint.folder, checkpoint.gguf_file)
+                authors, notes = recipe.sampling.over(published), (*notes, *more)
+            else:
+                text = replace(text, templates={})
+            text = tokenizer.checked(text, _embeddings(model), checkpoint.path)
+            said = [f"{text.tokenizer.get_vocab_size()} tokens", _named(text.templates)]
+            said += [f"{written}'s tool calls"] if written else []
+            stage.note = ", ".join(filter(None, [*said, sampling.described(authors)]))
+            for note in notes:
+                stage.notice(note)
+        return text, written, authors
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[Stage]:
@@ -309,6 +339,18 @@ def _survey_note(seen: decoder.Survey) -> str:
     return note
 
 
+def _embeddings(model: PreTrainedModel) -> int:
+    """How many tokens the model has: ids are below it."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(int(table.weight.shape[0]) for table in tables if table is not None)  # type: ignore[index]
+
+
+def _named(templates: Mapping[str, str]) -> str:
+    if not templates:
+        return "no chat template"
+    return "a chat template" if len(templates) == 1 else f"chat templates {', '.join(templates)}"
+
+
 def _read(text: Path) -> str:
     try:
         return text.read_text(encoding="utf-8")
@@ -316,7 +358,3 @@ def _read(text: Path) -> str:
         raise ExportError(f"{text} cannot be read, to measure perplexity on: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ExportError(f"{text} is no UTF-8 text, to measure perplexity on: {error}") from error
-
-
-def _text_files(folder: Path) -> list[str]:
-    return [name for name in (bundle.TOKENIZER, bundle.TEMPLATE) if (folder / name).exists()]

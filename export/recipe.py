@@ -8,12 +8,14 @@ from typing import Literal
 import msgspec
 
 from export.errors import ExportError
-from runtime.bundle import Pooling, Precision, Target, Task, ToolFormat
+from runtime.bundle import Pooling, Precision, SamplingDefaults, Target, Task, ToolFormat
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
 MIN_LENGTH = 32
 """Tokens that a model must take, for its engine to be verified."""
+TokenizerChoice = Literal["file", "transformers"]
+"""Whose tokenizer is taken: the authors' tokenizer.json, where there is one, or what AutoTokenizer makes of its vocabulary."""
 CONTEXT = 4096
 """Tokens a slot of a plan holds unless the model has fewer or the recipe says otherwise."""
 
@@ -81,6 +83,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     task: Task = "text-generation"
     pooling: Pooling | None = None
     """Of a model for embeddings whose files do not say it."""
+    tokenizer: TokenizerChoice = "file"
+    chat_template: str | None = None
+    """A file with the chat template that takes the place of the model's own."""
+    sampling: SamplingDefaults = SamplingDefaults()
+    """How tokens are drawn where a request does not say; what is left out is as the model's own files recommend."""
     max_length: int | None = None
     """Tokens that a prompt and its answer may have together; None takes what the model was made for."""
 
@@ -122,6 +129,8 @@ def checked(recipe: Recipe) -> Recipe:
         elsewhere = [build.name for build in recipe.variants if build.target != "cpu"]
         if elsewhere:
             raise ExportError(f"embeddings are computed on the CPU only; variant {elsewhere[0]!r} cannot be built for them")
+        if recipe.chat_template is not None or recipe.sampling != SamplingDefaults():
+            raise ExportError(f"recipe {recipe.name!r}: a chat template and sampling are for answers, and embeddings have none")
     elif recipe.pooling is not None:
         raise ExportError(f"recipe {recipe.name!r}: pooling is for embeddings; it goes with the task feature-extraction")
     return recipe
@@ -154,7 +163,6 @@ def of(
     tools: ToolFormat | Literal["none"] | None = None,
     task: Task = "text-generation",
     pooling: Pooling | None = None,
-    max_length: int | None = None,
 ) -> Recipe:
     """The recipe that the command line says: `model` is a hub id (`ID` or `ID:FILE.gguf`), a folder or a GGUF file."""
     path = Path(model).expanduser()
@@ -167,4 +175,4 @@ def of(
         file = file_name or None
     reference = ModelReference(file=file, revision=revision, **{kind: where})
     plain = re.sub(r"[^a-z0-9._-]+", "-", (Path(where).stem if path.is_file() else Path(where).name).lower()).strip("-._")
-    return checked(Recipe(name or plain, reference, variants, tools, task, pooling, max_length))
+    return checked(Recipe(name or plain, reference, variants, tools, task, pooling))

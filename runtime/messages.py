@@ -147,6 +147,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """Requests that may wait for a slot; one more is refused."""
     vocab_size: int
     pid: int
+    kernels: str = ""
+    """What computes, as `runtime.kernels` describes it."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):

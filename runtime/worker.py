@@ -13,7 +13,7 @@ from pathlib import Path
 
 import zmq
 
-from runtime import devices, encoder, logs, messages, orphan
+from runtime import devices, encoder, kernels, logs, messages, orphan
 from runtime.bundle import MANIFEST, TOKENIZER, Bundle, BundleError, Variant, read, sha256
 from runtime.devices import CPU_SLOTS, GPU_MEMORY, DeviceError
 from runtime.draft import Drafter
@@ -249,6 +249,7 @@ def _embedding(arguments: argparse.Namespace, manifest: Bundle) -> tuple[Embeddi
         queue=arguments.queue,
         vocab_size=engine.vocab_size,
         pid=os.getpid(),
+        kernels=kernels.describe(variant, devices.parse(arguments.device)),
     )
     return EmbeddingLoop(engine, queue=arguments.queue, queue_tokens=arguments.queue_tokens), ready
 
@@ -266,6 +267,7 @@ def _generating(arguments: argparse.Namespace, manifest: Bundle) -> tuple[Loop, 
     )
     variant = manifest.for_device(place.device.kind, arguments.variant)
     guessing = _draft(arguments, manifest, place)
+    computing = kernels.describe(variant, place.device, place.provider)  # while all GPUs are to be seen
     engine = start(arguments.bundle, manifest, variant, place, beside=None if guessing is None else guessing[1])
     drafter = None
     if guessing is not None:
@@ -279,6 +281,7 @@ def _generating(arguments: argparse.Namespace, manifest: Bundle) -> tuple[Loop, 
         queue=arguments.queue,
         vocab_size=engine.vocab_size,
         pid=os.getpid(),
+        kernels=computing,
     )
     loop = Loop(
         engine,

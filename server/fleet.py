@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from runtime.bundle import Task
+from runtime.bundle import SamplingDefaults, Task
 from runtime.messages import Heartbeat
 
 ModelState = Literal["cold", "waiting", "loading", "ready", "quarantined", "refused"]
@@ -45,6 +45,8 @@ class Deployment(msgspec.Struct, frozen=True):
     draining: bool
     """It takes no new requests and ends when the last one has."""
     workers: tuple[Worker, ...]
+    sampling: SamplingDefaults = SamplingDefaults()
+    """How tokens are drawn where a request does not say."""
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -62,6 +64,8 @@ class Offer(msgspec.Struct, frozen=True):
     """Why it is quarantined, refused or waiting."""
     task: Task = "text-generation"
     """What it is for."""
+    sampling: SamplingDefaults = SamplingDefaults()
+    """How tokens are drawn where a request does not say."""
 
 
 class Fleet(msgspec.Struct, frozen=True, tag=True):

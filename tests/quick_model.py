@@ -39,7 +39,7 @@ def write_model(folder: Path) -> None:
             num_key_value_heads=2,
             head_dim=16,
             max_position_embeddings=manifest.max_length,
-            bos_token_id=manifest.bos_id,
+            bos_token_id=tokenizer.bos_token_id,
             eos_token_id=manifest.stop_ids[0],
             tie_word_embeddings=False,
         )

@@ -43,6 +43,7 @@ class Silent:
     notes: dict[str, str] = field(default_factory=dict)
     begun: list[str] = field(default_factory=list)
     shares: dict[str, list[float]] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
 
     def begin(self, stage: str) -> None:
         self.begun.append(stage)
@@ -52,6 +53,9 @@ class Silent:
 
     def end(self, stage: str, seconds: float, note: str) -> None:
         self.notes[stage] = note
+
+    def notice(self, sentence: str) -> None:
+        self.notices.append(sentence)
 
 
 def tokenizer() -> Tokenizer:

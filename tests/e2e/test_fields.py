@@ -144,3 +144,23 @@ def test_the_last_message_is_continued(client: Any) -> None:
 
 def _tokens(text: str) -> list[int]:
     return Tokenizer.from_file(str(ENGINES / MODEL / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+
+
+def test_what_a_request_leaves_out_is_as_the_models_card_recommends(client: Any) -> None:
+    """Token for token what a request gets that says so; and not what it gets at OpenAI's temperature of 1."""
+    ask = [{"role": "user", "content": "Why is the sky blue?"}]
+
+    def answer(**fields: Any) -> Any:
+        made = client.chat.completions.create(model=MODEL, messages=ask, max_tokens=24, seed=5, **fields)
+        return made.choices[0].message.content
+
+    assert answer() == answer(temperature=0.2, top_p=0.9)
+    assert answer() != answer(temperature=1, top_p=1)
+
+
+def test_the_example_of_the_readme_answers_the_question(client: Any) -> None:
+    ask = [{"role": "user", "content": "What is the capital of France?"}]
+    for seed in range(3):
+        chunks = client.chat.completions.create(model=MODEL, stream=True, messages=ask, max_tokens=40, seed=seed)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert "Paris" in text

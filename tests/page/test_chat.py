@@ -112,6 +112,24 @@ def test_every_setting_reaches_the_server(visit: Visit) -> None:
     expect(visit.page.get_by_label("Top k", exact=True)).to_have_value("")
 
 
+def test_what_is_left_empty_is_the_models_own_and_not_the_pages(visit: Visit) -> None:
+    visit.open()
+    temperature, slider = (visit.page.get_by_label(f"Temperature{more}", exact=True) for more in ("", ", as a slider"))
+    expect(temperature).to_have_value("")
+    expect(temperature).to_have_attribute("placeholder", "0.2")
+    expect(slider).to_have_value("0.2")
+    expect(visit.page.get_by_label("Top p", exact=True)).to_have_attribute("placeholder", "0.9")
+    expect(visit.page.get_by_label("Top k", exact=True)).to_have_attribute("placeholder", "all")
+    visit.set(max_tokens=2)
+    with visit.page.expect_request("**/v1/chat/completions") as request:
+        visit.ask("Hello")
+    assert not {"temperature", "top_p", "top_k"} & json.loads(request.value.post_data or "").keys()
+    visit.set(temperature=0.5)
+    expect(slider).to_have_value("0.5")
+    visit.set(temperature="")
+    expect(slider).to_have_value("0.2")
+
+
 @real("its probabilities are looked up by a word")
 def test_a_token_tells_its_probability_to_the_mouse_and_to_the_keyboard(visit: Visit, server: Server) -> None:
     visit.open()
