@@ -31,7 +31,7 @@ class Fate:
     """Values with which the key says nothing, so that an architecture that does not know it may have it."""
 
 
-_GEMMA = "gemma2, gemma3"
+_SLIDING = "gemma2, gemma3, gpt-oss"
 ARCHITECTURE: dict[str, Fate] = {
     "vocab_size": Fate("compared", "with the rows of `token_embd.weight`, which decide"),
     "context_length": Fate("carried", "`max_position_embeddings`"),
@@ -69,7 +69,7 @@ ARCHITECTURE: dict[str, Fate] = {
     "attn_logit_softcapping": Fate("carried", "`attn_logit_softcapping` (gemma2; 50 where it is not said)", (0.0,)),
     "router_logit_softcapping": Fate("refused", "soft caps in the router", (0.0,)),
     "final_logit_softcapping": Fate(
-        "carried", f"`final_logit_softcapping` ({_GEMMA}; 30 in gemma2 where it is not said)", (0.0,)
+        "carried", "`final_logit_softcapping` (gemma2, gemma3; 30 in gemma2 where it is not said)", (0.0,)
     ),
     "swin_norm": Fate("refused", "norms of chameleon", (False,)),
     "rescale_every_n_layers": Fate("refused", "recurrent layers", (0,)),
@@ -113,8 +113,8 @@ ARCHITECTURE: dict[str, Fate] = {
     "attention.relative_buckets_count": Fate("refused", "relative positions", (0,)),
     "attention.sliding_window": Fate(
         "carried",
-        f"`sliding_window` ({_GEMMA}, phi3). llama.cpp leaves phi3's out, and warns that its answers suffer; here it is as the"
-        " model's authors have it",
+        f"`sliding_window` ({_SLIDING}, phi3). llama.cpp leaves phi3's out, and warns that its answers suffer; here it is as"
+        " the model's authors have it",
         (0,),
     ),
     "attention.scale": Fate("carried", "`attention_multiplier` (granite)", (0.0,)),
@@ -127,7 +127,7 @@ ARCHITECTURE: dict[str, Fate] = {
     "attention.value_length_swa": Fate("compared", "with `attention.key_length`"),
     "attention.shared_kv_layers": Fate("refused", "layers that share keys and values", (0,)),
     "attention.sliding_window_pattern": Fate(
-        "carried", f"`layer_types` ({_GEMMA}): every how manieth layer is full, or a list", (0, 1)
+        "carried", f"`layer_types` ({_SLIDING}): every how manieth layer is full, or a list", (0, 1)
     ),
     "attention.indexer.head_count": Fate("refused", "sparse attention", (0,)),
     "attention.indexer.key_length": Fate("refused", "sparse attention", (0,)),
@@ -176,7 +176,7 @@ OTHERS: dict[str, Fate] = {
     "general.architecture": Fate("carried", "the model's class; see the architectures above"),
     "general.type": Fate("compared", "with `model`: adapters, projectors and the like are refused"),
     "general.alignment": Fate("no effect", "where the tensors begin, for the reader of the file"),
-    "general.*": Fate("no effect", "names, authors, links, licences; `general.sampling.*` is not read"),
+    "general.*": Fate("no effect", "names, authors, links, licences, recommended sampling"),
     "tokenizer.*": Fate("tokenizer", "vocabulary, special tokens, chat template: see export/tokenizer.py"),
     "split.*": Fate("parts", "compared with the names of the files"),
     "adapter.*": Fate("refused", "an adapter is no model"),

@@ -20,7 +20,7 @@ from export import gguf_file, gguf_weights
 from export.errors import ExportError, UnsupportedModel
 from export.gguf_file import GgufFile
 from export.gguf_metadata import Hyperparameters, refuse_strange
-from export.gguf_weights import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, Place
+from export.gguf_weights import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, Places
 from runtime.bundle import Task
 
 Settings = dict[str, Any]
@@ -28,7 +28,7 @@ Settings = dict[str, Any]
 
 _GEMMA2_27B, _GEMMA3_27B = 46, 62
 """Layers by which llama.cpp knows the two models whose queries are scaled by the hidden size per head."""
-_SOFTMAX, _SIGMOID = 1, 2
+_SOFTMAX, _SIGMOID, _SOFTMAX_OF_CHOSEN = 1, 2, 3
 """`expert_gating_func`."""
 
 
@@ -39,13 +39,14 @@ class Model:
     model_type: str
     """transformers' name of the architecture."""
     settings: Settings
-    places: Mapping[str, Place]
+    places: Places
 
 
-def load(path: Path, task: Task) -> tuple[PreTrainedModel, list[str]]:
+def load(path: Path, task: Task, share: Callable[[float], None] = lambda share: None) -> tuple[PreTrainedModel, list[str]]:
     """The model in float32 with transformers' plain attention, and the names of the weights that the file lacks.
 
-    Raises ExportError for a file that cannot be read, UnsupportedModel for one that says what is not carried over.
+    `share` is told how much of the tensors was read, from 0 to 1. Raises ExportError for a file that cannot be read,
+    UnsupportedModel for one that says what is not carried over.
     """
     file = gguf_file.read(path)
     model = interpret(file)
@@ -54,7 +55,7 @@ def load(path: Path, task: Task) -> tuple[PreTrainedModel, list[str]]:
         loaded, info = _auto_class(config, task).from_pretrained(
             None,
             config=config,
-            state_dict=gguf_weights.state_dict(file, model.places, config),
+            state_dict=gguf_weights.state_dict(file, model.places, config, share),
             dtype=torch.float32,
             attn_implementation="eager",
             output_loading_info=True,
@@ -342,6 +343,23 @@ def _minimax_m2(file: GgufFile, keys: Hyperparameters) -> Model:
     return Model("minimax_m2", settings, gguf_weights.MINIMAX_M2)
 
 
+def _gpt_oss(file: GgufFile, keys: Hyperparameters) -> Model:
+    """llama.cpp rounds yarn's range to whole dimensions, as transformers does unless told otherwise."""
+    settings = _common(file, keys)
+    head = settings["head_dim"] = _head_size(keys, settings)
+    experts, used = _experts(keys, gating=_SOFTMAX_OF_CHOSEN)
+    settings |= {
+        "rms_norm_eps": _rms_epsilon(keys),
+        "rope_parameters": _rotation(file, keys, settings, head),
+        "intermediate_size": keys.whole("expert_feed_forward_length"),
+        "num_local_experts": experts,
+        "num_experts_per_tok": used,
+        "sliding_window": keys.whole("attention.sliding_window"),
+        "layer_types": _layer_types(keys, settings["num_hidden_layers"], 2),
+    }
+    return Model("gpt_oss", settings, gguf_weights.GPT_OSS)
+
+
 def _phi3(file: GgufFile, keys: Hyperparameters) -> Model:
     settings = _common(file, keys)
     head = _head_size(keys, settings, own=False)
@@ -504,6 +522,7 @@ ARCHITECTURES: dict[str, Callable[[GgufFile, Hyperparameters], Model]] = {
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "gpt-oss": _gpt_oss,
     "gpt2": _gpt2,
     "granite": _granite,
     "llama": _llama,

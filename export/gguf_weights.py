@@ -12,6 +12,16 @@ from export.errors import UnsupportedModel
 from export.gguf_file import GgufFile
 
 Transform = Callable[[torch.Tensor, PreTrainedConfig], torch.Tensor]
+Join = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _one_after_the_other(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return torch.cat([first, second], dim=1)
+
+
+def _in_turns(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return torch.stack([first, second], dim=-1).flatten(-2)
+
 
 ROPE_FREQS = "rope_freqs.weight"
 """Divides the rotation's frequencies, one number each (Llama 3.1 and later)."""
@@ -27,56 +37,67 @@ class Place:
     """Where a tensor of a GGUF goes in the model."""
 
     name: str
-    """A module, to which the tensor's own `.weight` or `.bias` is appended; `{}` is the layer's number."""
+    """A module, to which the tensor's own `.weight` or `.bias` is appended, or a parameter; `{}` is the layer's number."""
     transform: Transform | None = None
     """What is done to the weight."""
     bias: Transform | None = None
     """What is done to the bias."""
     half: int | None = None
-    """0 or 1 where two tensors become one, joined on their second dimension."""
-    whole: bool = False
-    """`name` is the parameter's, to which nothing is appended."""
+    """0 or 1 where two tensors become one."""
+    join: Join = _one_after_the_other
+    """How the two halves are joined."""
     heads: bool = False
     """The tensor's rows are a parameter each, numbered by the second `{}`."""
 
 
-def state_dict(file: GgufFile, places: Mapping[str, Place], config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-    """The model's weights in float32, by their names in the model.
+Places = Mapping[str, Place]
+"""Places by the tensor's name, with `{}` for the layer's number: without `.weight` or `.bias` where the place is a module."""
+
+
+def state_dict(
+    file: GgufFile, places: Places, config: PreTrainedConfig, share: Callable[[float], None] = lambda share: None
+) -> dict[str, torch.Tensor]:
+    """The model's weights in float32, by their names in the model; `share` is told how much is read, from 0 to 1.
 
     Raises UnsupportedModel for a tensor that has no place in the model.
     """
     weights: dict[str, torch.Tensor] = {}
     halves: dict[str, dict[int, torch.Tensor]] = {}
+    joins: dict[str, Join] = {}
     if strange := [name for name in file.tensor_names if name not in ROPE and _place(name, places) is None]:
         more = f" and {len(strange) - 1} more tensors" if strange[1:] else ""
         raise UnsupportedModel(
             f"{file.path} holds {strange[0]}{more}, which a model of the architecture {file.architecture} has no place for:"
             " export the original model's folder instead"
         )
-    for name, tensor in file.tensors():
+    for done, (name, tensor) in enumerate(file.tensors(), 1):
+        share(done / len(file.tensor_names))
         found = _place(name, places)
         if found is None:
             continue
         place, layer, suffix = found
         transform = place.bias if suffix == ".bias" else place.transform
         value = tensor if transform is None else transform(tensor, config)
-        target = place.name.format(*layer, "{}") + ("" if place.whole else suffix)
+        target = place.name.format(*layer, "{}") + suffix
         if place.heads:
             weights |= {target.format(head): row.clone() for head, row in enumerate(value)}
         elif place.half is None:
             weights[target] = value
         else:
             halves.setdefault(target, {})[place.half] = value
-    return weights | {target: torch.cat([both[0], both[1]], dim=1) for target, both in halves.items() if len(both) == 2}
+            joins[target] = place.join
+    return weights | {target: joins[target](both[0], both[1]) for target, both in halves.items() if len(both) == 2}
 
 
-def _place(name: str, places: Mapping[str, Place]) -> tuple[Place, list[str], str] | None:
-    """The place of the tensor `name`, its layer's number, and its `.weight` or `.bias`."""
-    module, dot, suffix = name.rpartition(".")
-    place = places.get(_LAYER_NUMBER.sub("{}", module))
-    if place is None or suffix not in ("weight", "bias"):
+def _place(name: str, places: Places) -> tuple[Place, list[str], str] | None:
+    """The place of the tensor `name`, its layer's number, and the `.weight` or `.bias` that is appended to the place's name."""
+    plain, layer = _LAYER_NUMBER.sub("{}", name), _LAYER_NUMBER.findall(name)
+    if plain in places:
+        return places[plain], layer, ""
+    module, dot, suffix = plain.rpartition(".")
+    if module not in places or suffix not in ("weight", "bias"):
         return None
-    return place, _LAYER_NUMBER.findall(module), dot + suffix
+    return places[module], layer, dot + suffix
 
 
 def _unpermuted(heads: Callable[[Any], int]) -> Transform:
@@ -97,6 +118,11 @@ def _minus_one(weight: torch.Tensor, _: PreTrainedConfig) -> torch.Tensor:
 
 def _transposed(weight: torch.Tensor, _: PreTrainedConfig) -> torch.Tensor:
     return weight.T.contiguous()
+
+
+def _turned(weight: torch.Tensor, _: PreTrainedConfig) -> torch.Tensor:
+    """Experts' matrices that transformers keeps the other way around."""
+    return weight.transpose(1, 2).contiguous()
 
 
 def _row(weight: torch.Tensor, _: PreTrainedConfig) -> torch.Tensor:
@@ -136,9 +162,9 @@ _MLP = {
 }
 _EXPERTS = {
     "blk.{}.ffn_gate_inp": Place(_LAYER + "mlp.gate"),
-    "blk.{}.ffn_gate_exps": Place(_LAYER + "mlp.experts.gate_up_proj", half=0, whole=True),
-    "blk.{}.ffn_up_exps": Place(_LAYER + "mlp.experts.gate_up_proj", half=1, whole=True),
-    "blk.{}.ffn_down_exps": Place(_LAYER + "mlp.experts.down_proj", whole=True),
+    "blk.{}.ffn_gate_exps.weight": Place(_LAYER + "mlp.experts.gate_up_proj", half=0),
+    "blk.{}.ffn_up_exps.weight": Place(_LAYER + "mlp.experts.gate_up_proj", half=1),
+    "blk.{}.ffn_down_exps.weight": Place(_LAYER + "mlp.experts.down_proj"),
 }
 _TURN_QUERIES, _TURN_KEYS = (
     _unpermuted(lambda config: config.num_attention_heads),
@@ -169,7 +195,22 @@ QWEN2MOE = (
         "blk.{}.ffn_down_shexp": Place(_LAYER + "mlp.shared_expert.down_proj"),
     }
 )
-MINIMAX_M2 = QWEN3MOE | {"blk.{}.exp_probs_b": Place(_LAYER + "mlp.e_score_correction_bias", whole=True)}
+MINIMAX_M2 = QWEN3MOE | {"blk.{}.exp_probs_b.bias": Place(_LAYER + "mlp.e_score_correction_bias")}
+GPT_OSS = (
+    _ENDS
+    | _ATTENTION
+    | {
+        "blk.{}.attn_sinks.weight": Place(_LAYER + "self_attn.sinks"),
+        "blk.{}.post_attention_norm": Place(_LAYER + "post_attention_layernorm"),
+        "blk.{}.ffn_gate_inp": Place(_LAYER + "mlp.router"),
+        "blk.{}.ffn_gate_exps.weight": Place(_LAYER + "mlp.experts.gate_up_proj", _turned, half=0, join=_in_turns),
+        "blk.{}.ffn_up_exps.weight": Place(_LAYER + "mlp.experts.gate_up_proj", _turned, half=1, join=_in_turns),
+        "blk.{}.ffn_down_exps.weight": Place(_LAYER + "mlp.experts.down_proj", _turned),
+        "blk.{}.ffn_gate_exps.bias": Place(_LAYER + "mlp.experts.gate_up_proj_bias", half=0, join=_in_turns),
+        "blk.{}.ffn_up_exps.bias": Place(_LAYER + "mlp.experts.gate_up_proj_bias", half=1, join=_in_turns),
+        "blk.{}.ffn_down_exps.bias": Place(_LAYER + "mlp.experts.down_proj_bias"),
+    }
+)
 PHI3 = _ENDS | {
     "blk.{}.attn_norm": _ATTENTION["blk.{}.attn_norm"],
     "blk.{}.attn_qkv": Place(_LAYER + "self_attn.qkv_proj"),

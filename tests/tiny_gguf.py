@@ -460,6 +460,38 @@ KINDS: dict[str, Kind] = {
         _EPS | {"feed_forward_length": 4 * HIDDEN, "tensor_data_layout": "jploski"},
     ),
 }
+_GPT_OSS_EXPERTS = _experts() | {
+    "ffn_gate_inp.bias": (4,),
+    "ffn_gate_exps.bias": (4, FEED),
+    "ffn_up_exps.bias": (4, FEED),
+    "ffn_down_exps.bias": (4, HIDDEN),
+}
+KINDS["gpt-oss"] = Kind(
+    "gpt-oss",
+    _ends()
+    | _layers(
+        _norms("attn_norm", "post_attention_norm")
+        | _attention(head=24, bias="qkvo")
+        | {"attn_sinks.weight": (HEADS,)}
+        | _GPT_OSS_EXPERTS,
+        3,
+    ),
+    _RMS
+    | _WIDE
+    | {
+        "block_count": 3,
+        "attention.sliding_window": 16,
+        "expert_count": 4,
+        "expert_used_count": 2,
+        "expert_feed_forward_length": FEED,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 32,
+        "rope.scaling.yarn_beta_fast": 32.0,
+        "rope.scaling.yarn_beta_slow": 1.0,
+        "rope.freq_base": 900.0,
+    },
+)
 KINDS["phi3-longrope"] = Kind(
     "phi3",
     KINDS["phi3"].shapes,

@@ -11,6 +11,8 @@ import pytest
 import torch
 from gguf import GGUFWriter
 from transformers import PreTrainedModel
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
 from export import gguf_file, gguf_metadata, gguf_model, source
 from export.errors import ExportError, UnsupportedModel
@@ -227,6 +229,38 @@ def test_given_metadata_that_changes_no_number_when_loaded_then_the_model_is_the
 ) -> None:
     path = kind(name, files)
     assert interpreted(path, **keys).settings == interpreted(path).settings
+
+
+OTHERS = sorted({*GGUF_CONFIG_MAPPING, *GGUF_CONFIG_ARCHS, "t5encoder"} - {"general", "tokenizer"})
+"""What transformers' own reader knows, by its names."""
+RENAMED = {
+    "gpt_oss": "gpt-oss",
+    "minimax_m2": "minimax-m2",
+    "mistral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if RENAMED.get(name, name) not in gguf_model.ARCHITECTURES])
+def test_given_an_architecture_that_is_read_by_transformers_alone_when_loaded_then_it_is_refused(
+    name: str, files: Path
+) -> None:
+    assert name in ("deci", "gemma4", "lfm2", "mamba", "qwen35", "qwen35moe", "t5", "t5encoder", "umt5")
+    with pytest.raises(UnsupportedModel, match=f"is of the architecture '{name}', which is not read from a GGUF here"):
+        interpreted(kind("llama", files), **{"general.architecture": name})
+
+
+def test_given_a_gguf_when_loaded_for_embeddings_then_it_has_no_head_and_every_other_weight(files: Path) -> None:
+    path = kind("qwen3", files)
+    whole = model(path).state_dict()
+    told: list[float] = []
+    headless, missing = gguf_model.load(path, "feature-extraction", told.append)
+    assert missing == []
+    assert {f"model.{name}" for name in headless.state_dict()} == whole.keys() - {"lm_head.weight"}
+    assert all(torch.equal(value, whole[f"model.{name}"]) for name, value in headless.state_dict().items())
+    assert told == sorted(told)
+    assert told[-1] == 1
 
 
 def test_given_a_head_count_that_is_not_said_when_loaded_then_all_heads_have_keys_of_their_own(files: Path) -> None:
