@@ -44,6 +44,12 @@ class GgufFile:
         """The names of the tensors of all parts."""
         return tuple(tensor.name for reader in self.readers for tensor in reader.tensors)
 
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the tokenizer has; None where the file holds no tokenizer."""
+        field = self.readers[0].fields.get("tokenizer.ggml.tokens")
+        return None if field is None else len(field.data)
+
     def token_id(self, name: str) -> int | None:
         """The id under `tokenizer.ggml.NAME_token_id`."""
         field = self.readers[0].fields.get(f"tokenizer.ggml.{name}_token_id")

@@ -33,7 +33,7 @@ class Fate:
 
 _SLIDING = "gemma2, gemma3, gpt-oss"
 ARCHITECTURE: dict[str, Fate] = {
-    "vocab_size": Fate("compared", "with the rows of `token_embd.weight`, which decide"),
+    "vocab_size": Fate("no effect", "the rows of `token_embd.weight` decide; there have to be as many tokens"),
     "context_length": Fate("carried", "`max_position_embeddings`"),
     "embedding_length": Fate("carried", "`hidden_size`"),
     "embedding_length_out": Fate("refused", "another width of the output"),

@@ -136,8 +136,13 @@ def _common(file: GgufFile, keys: Hyperparameters) -> Settings:
     embedding = next((t for reader in file.readers for t in reader.tensors if t.name == "token_embd.weight"), None)
     if embedding is None:
         raise ExportError(f"{file.path} lacks token_embd.weight; it is no whole model: fetch it again")
-    vocabulary = int(embedding.shape[1])
-    keys.compare("vocab_size", vocabulary)
+    vocabulary = int(embedding.shape[-1])  # the reader's shape has the fastest dimension in front
+    keys.value("vocab_size")
+    if file.vocabulary not in (None, vocabulary):
+        raise ExportError(
+            f"{file.path} contradicts itself: it has embeddings for {vocabulary} tokens and a vocabulary of {file.vocabulary};"
+            " convert the model again"
+        )
     return {
         "vocab_size": vocabulary,
         "max_position_embeddings": keys.whole("context_length"),

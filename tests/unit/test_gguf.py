@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
-from export import gguf_file, gguf_metadata, gguf_model, source
+from export import gguf_file, gguf_metadata, gguf_model, source, tokenizer
 from export.errors import ExportError, UnsupportedModel
+from export.gguf_file import Value
 from export.gguf_metadata import ARCHITECTURE, Hyperparameters
 from export.recipe import Build, ModelReference, Recipe, of
 from runtime import bundle
@@ -113,6 +114,22 @@ def test_given_every_key_that_the_gguf_package_writes_when_looked_up_then_its_fa
     assert "{arch}.rope.scaling.attn_factor" in gguf_metadata.written()
 
 
+def test_given_every_architecture_when_interpreted_then_the_table_says_which_keys_it_takes(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: set[str] = set()
+
+    class Recording(Hyperparameters):
+        def value(self, key: str) -> Value | None:
+            taken.add(key)
+            return super().value(key)
+
+    monkeypatch.setattr(gguf_model, "Hyperparameters", Recording)
+    for name in tiny_gguf.KINDS:
+        gguf_model.interpret(gguf_file.read(kind(name, files)))
+    assert {key for key, fate in ARCHITECTURE.items() if fate.kind != "refused"} == taken
+
+
 def test_given_the_tables_when_written_as_a_page_then_the_documentation_is_that_page() -> None:
     assert gguf_page.PAGE.read_text() == gguf_page.page(), "run: python -m tests.gguf_page"
 
@@ -153,7 +170,6 @@ def test_given_a_key_that_is_not_carried_when_loaded_then_it_is_refused_by_its_n
             "has llama.novel_trick = 2.5, a key that is not known here",
         ),
         ("llama", {"llama.attention.causal": False}, "has llama.attention.causal = False where the model computes with True"),
-        ("llama", {"llama.vocab_size": 300}, "has llama.vocab_size = 300 where the model computes with 261"),
         ("llama", {"llama.attention.value_length": 8}, "has llama.attention.value_length = 8 where the model computes with 16"),
         ("llama", {"llama.rope.dimension_count": 8}, "has llama.rope.dimension_count = 8 where the model computes with 16"),
         (
@@ -212,7 +228,7 @@ def test_given_metadata_that_the_model_does_not_compute_when_loaded_then_a_sente
     ("name", "keys"),
     [
         ("llama", {"general.name": "mistral", "general.sampling.temp": 0.5, "quantize.imatrix.file": "x"}),
-        ("llama", {"llama.vocab_size": 261, "llama.rope.dimension_count": 16, "llama.attention.layer_norm_epsilon": 1e-5}),
+        ("llama", {"llama.vocab_size": 300, "llama.rope.dimension_count": 16, "llama.attention.layer_norm_epsilon": 1e-5}),
         ("llama", {"llama.tensor_data_layout": "Meta AI original pth", "llama.pooling_type": 3}),
         ("llama", {"llama.feed_forward_length": [96, 96], "llama.attention.head_count_kv": [2, 2]}),
         ("llama", {"llama.rope.scaling.finetuned": True, "llama.rope.scaling.original_context_length": 64}),
@@ -332,6 +348,7 @@ ONES = np.ones(8, np.float32)
             {"blk.0.attn_norm.weight": ONES},
             "layernorm.weight has the shape (8,), by the metadata it is (64,)",
         ),
+        ("llama", {"token_embd.weight": np.ones((9, 64), np.float32)}, "embeddings for 9 tokens and a vocabulary of 261;"),
         ("llama", {"rope_freqs.weight": ONES[:4]}, "rope_freqs.weight has 4 numbers for 8 frequencies"),
         ("llama-longrope", {"rope_factors_short.weight": None}, "scales its positions by longrope, but not with just"),
         ("llama-longrope", {"rope_freqs.weight": ONES}, "scales its positions by longrope, but not with just"),
@@ -387,6 +404,8 @@ def test_given_a_gguf_in_parts_when_loaded_by_any_of_them_then_it_is_the_whole_m
         assert all(torch.equal(value, whole[name]) for name, value in source.load(checkpoint).state_dict().items())
     named = source.fetch(ModelReference(path=str(parts[0].parent), file=parts[1].name), tmp_path)
     assert named.path == parts[0]
+    text = tokenizer.read_text(named.folder, named.gguf_file)
+    assert text.tokenizer.decode(text.tokenizer.encode("Is it there?").ids) == "Is it there?"
 
 
 def test_given_a_gguf_in_parts_when_fetched_then_its_digest_is_of_all_of_them(tmp_path: Path) -> None:
