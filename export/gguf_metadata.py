@@ -31,7 +31,7 @@ class Fate:
     """Values with which the key says nothing, so that an architecture that does not know it may have it."""
 
 
-_SLIDING = "gemma2, gemma3, gpt-oss"
+_SLIDING = "gemma2, gemma3, gemma4, gpt-oss"
 ARCHITECTURE: dict[str, Fate] = {
     "vocab_size": Fate("no effect", "the rows of `token_embd.weight` decide; there have to be as many tokens"),
     "context_length": Fate("carried", "`max_position_embeddings`"),
@@ -40,7 +40,7 @@ ARCHITECTURE: dict[str, Fate] = {
     "features_length": Fate("refused", "audio codecs"),
     "block_count": Fate("carried", "`num_hidden_layers`"),
     "leading_dense_block_count": Fate("refused", "experts in some layers only", (0,)),
-    "feed_forward_length": Fate("carried", "`intermediate_size`; one number for all layers"),
+    "feed_forward_length": Fate("carried", "`intermediate_size`; one number for all layers, but in gemma4"),
     "expert_feed_forward_length": Fate("carried", "`moe_intermediate_size`; one number for all layers", (0,)),
     "expert_shared_feed_forward_length": Fate("carried", "`shared_expert_intermediate_size`", (0,)),
     "expert_chunk_feed_forward_length": Fate("refused", "grouped experts", (0,)),
@@ -69,7 +69,7 @@ ARCHITECTURE: dict[str, Fate] = {
     "attn_logit_softcapping": Fate("carried", "`attn_logit_softcapping` (gemma2; 50 where it is not said)", (0.0,)),
     "router_logit_softcapping": Fate("refused", "soft caps in the router", (0.0,)),
     "final_logit_softcapping": Fate(
-        "carried", "`final_logit_softcapping` (gemma2, gemma3; 30 in gemma2 where it is not said)", (0.0,)
+        "carried", "`final_logit_softcapping` (gemma2, gemma3, gemma4; 30 in gemma2 where it is not said)", (0.0,)
     ),
     "swin_norm": Fate("refused", "norms of chameleon", (False,)),
     "rescale_every_n_layers": Fate("refused", "recurrent layers", (0,)),
@@ -83,7 +83,7 @@ ARCHITECTURE: dict[str, Fate] = {
     "activation_sparsity_scale": Fate("refused", "gemma3n"),
     "altup.active_idx": Fate("refused", "gemma3n"),
     "altup.num_inputs": Fate("refused", "gemma3n"),
-    "embedding_length_per_layer_input": Fate("refused", "gemma3n, gemma4", (0,)),
+    "embedding_length_per_layer_input": Fate("carried", "`hidden_size_per_layer_input` (gemma4)", (0,)),
     "swiglu_clamp_exp": Fate("refused", "clamped experts", (0.0,)),
     "swiglu_clamp_shexp": Fate("refused", "clamped experts", (0.0,)),
     "{dense}_feat_in": Fate("refused", "dense layers behind the model"),
@@ -123,9 +123,11 @@ ARCHITECTURE: dict[str, Fate] = {
     "attention.temperature_scale": Fate("refused", "attention that depends on the position", (0.0,)),
     "attention.key_length_mla": Fate("refused", "latent attention", (0,)),
     "attention.value_length_mla": Fate("refused", "latent attention", (0,)),
-    "attention.key_length_swa": Fate("compared", "with `attention.key_length`"),
-    "attention.value_length_swa": Fate("compared", "with `attention.key_length`"),
-    "attention.shared_kv_layers": Fate("refused", "layers that share keys and values", (0,)),
+    "attention.key_length_swa": Fate(
+        "carried", "`head_dim` of gemma4's sliding layers; others: compared with `attention.key_length`"
+    ),
+    "attention.value_length_swa": Fate("compared", "with `attention.key_length_swa`"),
+    "attention.shared_kv_layers": Fate("carried", "`num_kv_shared_layers` (gemma4)", (0,)),
     "attention.sliding_window_pattern": Fate(
         "carried", f"`layer_types` ({_SLIDING}): every how manieth layer is full, or a list", (0, 1)
     ),
@@ -137,7 +139,7 @@ ARCHITECTURE: dict[str, Fate] = {
     "rope.dimension_sections": Fate("refused", "positions of several axes"),
     "rope.freq_base": Fate("carried", "`rope_theta`; 10000 where it is not said"),
     "rope.freq_base_swa": Fate(
-        "carried", "`rope_theta` of gemma3's sliding layers (10000 where it is not said); others: compared"
+        "carried", "`rope_theta` of the sliding layers of gemma3 and gemma4 (10000 where it is not said); others: compared"
     ),
     "rope.scale_linear": Fate("carried", "the old name of `rope.scaling.factor`"),
     "rope.scaling.type": Fate("carried", "`rope_type`: none, linear, yarn, longrope; linear where it is not said"),
@@ -261,6 +263,13 @@ class Hyperparameters:
     def whole(self, key: str, default: int | None = None) -> int:
         """One number without a fraction."""
         return int(self.number(key, default))
+
+    def layers(self, key: str, count: int) -> list[int]:
+        """A whole number for each of `count` layers, the same for all where the file says one."""
+        said = self.value(key)
+        if isinstance(said, list) and len(said) == count and all(isinstance(value, int) for value in said):
+            return [int(value) for value in said]
+        return [self.whole(key)] * count
 
     def compare(self, key: str, *computed: Value) -> None:
         """Refuse a value of `key` other than those that the model computes with. A key that is not there passes."""

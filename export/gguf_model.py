@@ -28,6 +28,8 @@ Settings = dict[str, Any]
 
 _GEMMA2_27B, _GEMMA3_27B = 46, 62
 """Layers by which llama.cpp knows the two models whose queries are scaled by the hidden size per head."""
+_AWAY = 1e29
+"""What divides a frequency away."""
 _SOFTMAX, _SIGMOID, _SOFTMAX_OF_CHOSEN = 1, 2, 3
 """`expert_gating_func`."""
 
@@ -40,6 +42,8 @@ class Model:
     """transformers' name of the architecture."""
     settings: Settings
     places: Places
+    divide: bool = True
+    """The frequencies of all layers are divided by `rope_freqs.weight`, where the file has it."""
 
 
 def load(path: Path, task: Task, share: Callable[[float], None] = lambda share: None) -> tuple[PreTrainedModel, list[str]]:
@@ -67,7 +71,8 @@ def load(path: Path, task: Task, share: Callable[[float], None] = lambda share: 
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(f"{path} could not be loaded: {said}; its metadata and its weights contradict each other") from error
     _check_loaded(file, info, task)
-    _divide_frequencies(file, loaded)
+    if model.divide:
+        _divide_frequencies(file, loaded)
     return loaded, sorted(info["missing_keys"])
 
 
@@ -128,9 +133,10 @@ def _divide_frequencies(file: GgufFile, model: PreTrainedModel) -> None:
 # What is common to all -----------------------------------------------------------------------------------------------------
 
 
-def _common(file: GgufFile, keys: Hyperparameters) -> Settings:
-    """What every decoder has: sizes, and the tokens that begin and end a text."""
+def _common(file: GgufFile, keys: Hyperparameters, *, alike: bool = True) -> Settings:
+    """What every decoder has: sizes, and the tokens that begin and end a text; the first layer's, where not all are `alike`."""
     heads = keys.whole("attention.head_count")
+    layers = keys.whole("block_count")
     keys.compare("attention.causal", True)
     keys.value("pooling_type")
     embedding = next((t for reader in file.readers for t in reader.tensors if t.name == "token_embd.weight"), None)
@@ -147,10 +153,10 @@ def _common(file: GgufFile, keys: Hyperparameters) -> Settings:
         "vocab_size": vocabulary,
         "max_position_embeddings": keys.whole("context_length"),
         "hidden_size": keys.whole("embedding_length"),
-        "intermediate_size": keys.whole("feed_forward_length"),
-        "num_hidden_layers": keys.whole("block_count"),
+        "intermediate_size": keys.whole("feed_forward_length") if alike else keys.layers("feed_forward_length", layers)[0],
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.whole("attention.head_count_kv", heads),
+        "num_key_value_heads": keys.whole("attention.head_count_kv", heads) if alike else heads,
         "tie_word_embeddings": "output.weight" not in file.tensor_names,
         "bos_token_id": file.token_id("bos"),
         "eos_token_id": file.token_id("eos"),
@@ -433,6 +439,67 @@ def _gemma3(file: GgufFile, keys: Hyperparameters) -> Model:
     return Model("gemma3_text", settings, gguf_weights.GEMMA3)
 
 
+def _gemma4(file: GgufFile, keys: Hyperparameters) -> Model:
+    """Full layers have heads of another size and number, and turn a part of them: `rope_freqs.weight` divides the rest away."""
+    settings = _common(file, keys, alike=False)
+    layers = settings["num_hidden_layers"]
+    if "attention.sliding_window_pattern" not in keys:
+        raise keys.unsupported("does not say gemma4.attention.sliding_window_pattern")
+    types = _layer_types(keys, layers, 1)
+    shared = keys.whole("attention.shared_kv_layers", 0)
+    full_head, sliding_head = keys.whole("attention.key_length"), keys.whole("attention.key_length_swa")
+    keys.compare("attention.value_length", full_head)
+    keys.compare("attention.value_length_swa", sliding_head)
+    heads = dict(zip(types, keys.layers("attention.head_count_kv", layers), strict=True))
+    if [heads[kind] for kind in types] != keys.layers("attention.head_count_kv", layers) or types[-1] != "full_attention":
+        raise keys.unsupported("has layers of kinds that no gemma4 has")
+    wide = [2 if layer >= layers - shared else 1 for layer in range(layers)]
+    feed = keys.layers("feed_forward_length", layers)
+    if feed not in ([feed[0]] * layers, [feed[0] * times for times in wide]):
+        raise keys.unsupported(f"has gemma4.feed_forward_length = {feed}, which is not that of any gemma4")
+    full = next(layer for layer, kind in enumerate(types) if kind == "full_attention")
+    of_layers = keys.whole("embedding_length_per_layer_input", 0)
+    settings |= {
+        "head_dim": sliding_head,
+        "num_key_value_heads": heads.get("sliding_attention", heads["full_attention"]),
+        "per_layer_config": {
+            layer: {"head_dim": full_head, "num_key_value_heads": heads["full_attention"]}
+            for layer, kind in enumerate(types)
+            if kind == "full_attention"
+        },
+        "layer_types": types,
+        "rms_norm_eps": _rms_epsilon(keys),
+        "rope_parameters": _gemma4_rotation(file, keys, settings, full_head, sliding_head),
+        "sliding_window": keys.whole("attention.sliding_window"),
+        "final_logit_softcapping": keys.number("final_logit_softcapping", 0.0) or None,
+        "attention_k_eq_v": f"blk.{full}.attn_v.weight" not in file.tensor_names,
+        "num_kv_shared_layers": shared,
+        "use_double_wide_mlp": feed[0] != feed[-1],
+        "hidden_size_per_layer_input": of_layers,
+        "vocab_size_per_layer_input": settings["vocab_size"],
+    }
+    return Model("gemma4_text", settings, gguf_weights.GEMMA4, divide=False)
+
+
+def _gemma4_rotation(file: GgufFile, keys: Hyperparameters, settings: Settings, full: int, sliding: int) -> Settings:
+    keys.compare("rope.dimension_count", full)
+    keys.compare("rope.dimension_count_swa", sliding)
+    if _scaling(file, keys, settings) != {"rope_type": "default"}:
+        raise keys.unsupported("scales the positions of a gemma4")
+    factors = file.tensor(ROPE_FREQS)
+    turned = full // 2 if factors is None else int((factors == 1).sum())
+    if factors is not None and not bool((factors[:turned] == 1).all() and (factors[turned:] >= _AWAY).all()):
+        raise keys.unsupported(f"divides frequencies by a {ROPE_FREQS} that is not that of any gemma4")
+    return {
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": keys.number("rope.freq_base", 10000.0),
+            "partial_rotary_factor": 2 * turned / full,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10000.0)},
+    }
+
+
 def _starcoder2(file: GgufFile, keys: Hyperparameters) -> Model:
     settings = _common(file, keys)
     head = _head_size(keys, settings, own=False)
@@ -527,6 +594,7 @@ ARCHITECTURES: dict[str, Callable[[GgufFile, Hyperparameters], Model]] = {
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
     "gpt-oss": _gpt_oss,
     "gpt2": _gpt2,
     "granite": _granite,
@@ -542,5 +610,10 @@ ARCHITECTURES: dict[str, Callable[[GgufFile, Hyperparameters], Model]] = {
     "starcoder2": _starcoder2,
 }
 """By `general.architecture`."""
-_ROPE_TENSORS = {"llama": gguf_weights.ROPE, "granite": gguf_weights.ROPE, "phi3": {ROPE_LONG, ROPE_SHORT}}
+_ROPE_TENSORS = {
+    "gemma4": {ROPE_FREQS},
+    "granite": gguf_weights.ROPE,
+    "llama": gguf_weights.ROPE,
+    "phi3": {ROPE_LONG, ROPE_SHORT},
+}
 """The tensors that llama.cpp divides the rotation's frequencies by, where it reads them."""

@@ -237,6 +237,16 @@ GEMMA3 = GEMMA2 | {
     "blk.{}.attn_q_norm": Place(_LAYER + "self_attn.q_norm", _minus_one),
     "blk.{}.attn_k_norm": Place(_LAYER + "self_attn.k_norm", _minus_one),
 }
+_PLAIN = {name: Place(place.name) for name, place in GEMMA3.items()}
+GEMMA4 = _PLAIN | {
+    "blk.{}.layer_output_scale.weight": Place(_LAYER + "layer_scalar"),
+    "per_layer_token_embd": Place("model.embed_tokens_per_layer"),
+    "per_layer_model_proj": Place("model.per_layer_model_projection"),
+    "per_layer_proj_norm": Place("model.per_layer_projection_norm"),
+    "blk.{}.inp_gate": Place(_LAYER + "per_layer_input_gate"),
+    "blk.{}.proj": Place(_LAYER + "per_layer_projection"),
+    "blk.{}.post_norm": Place(_LAYER + "post_per_layer_input_norm"),
+}
 STARCODER2 = (
     _ENDS
     | _ATTENTION

@@ -90,7 +90,7 @@ def tensors(kind: Kind, name: str) -> dict[str, Array]:
 
 def _random(seed: str, tensor: str, shape: tuple[int, ...], kind: Kind) -> Array:
     noise = np.random.default_rng(crc32(seed.encode())).standard_normal(shape).astype(np.float32)
-    if tensor.endswith("norm.weight") or ("_norm" in tensor and tensor.endswith(".weight")):
+    if tensor.endswith(("norm.weight", "layer_output_scale.weight")) or ("_norm" in tensor and tensor.endswith(".weight")):
         return np.asarray(1 + 0.2 * noise, np.float32)
     if tensor in ("token_embd.weight", "position_embd.weight"):
         return np.asarray(kind.embedding * noise, np.float32)
@@ -491,6 +491,80 @@ KINDS["gpt-oss"] = Kind(
         "rope.scaling.yarn_beta_slow": 1.0,
         "rope.freq_base": 900.0,
     },
+)
+
+
+def _gemma4(layer: int, *, shared: bool, equal: bool, wide: bool, inputs: int, keys: int) -> Shapes:
+    """A layer of gemma4: every second one is full, with heads of 24 numbers in place of 16."""
+    head = 24 if layer % 2 else HEAD
+    attention = _attention(head=head, keys=keys if layer % 2 else KEYS)
+    norms: Shapes = {"attn_q_norm.weight": (head,)}
+    norms |= {} if shared else {"attn_k_norm.weight": (head,)}
+    gone = {"attn_k.weight", "attn_v.weight"} if shared else {"attn_v.weight"} if equal and layer % 2 else set()
+    shapes = _GEMMA | _mlp(feed=2 * FEED if wide else FEED) | norms | {"layer_output_scale.weight": (1,)}
+    shapes |= {name: shape for name, shape in attention.items() if name not in gone}
+    if inputs:
+        shapes |= {"inp_gate.weight": (inputs, HIDDEN), "proj.weight": (HIDDEN, inputs), "post_norm.weight": (HIDDEN,)}
+    return {f"blk.{layer}.{name}": shape for name, shape in shapes.items()}
+
+
+_GEMMA4: dict[str, Value] = {
+    "attention.sliding_window": 16,
+    "attention.key_length": 24,
+    "attention.value_length": 24,
+    "attention.key_length_swa": HEAD,
+    "attention.value_length_swa": HEAD,
+    "rope.dimension_count": 24,
+    "rope.dimension_count_swa": HEAD,
+    "rope.freq_base": 1000.0,
+    "rope.freq_base_swa": 50.0,
+    "final_logit_softcapping": 1.5,
+}
+_TURNED = {"rope_freqs.weight": np.array([1.0] * 3 + [1e30] * 9, np.float32)}
+KINDS["gemma4"] = Kind(
+    "gemma4",
+    _ends(tied=True)
+    | {
+        "per_layer_token_embd.weight": (VOCAB, 6 * 8),
+        "per_layer_model_proj.weight": (6 * 8, HIDDEN),
+        "per_layer_proj_norm.weight": (8,),
+    }
+    | {
+        name: shape
+        for layer in range(6)
+        for name, shape in _gemma4(layer, shared=layer > 3, equal=False, wide=layer > 3, inputs=8, keys=KEYS).items()
+    },
+    _RMS
+    | _GEMMA4
+    | {
+        "block_count": 6,
+        "feed_forward_length": [FEED] * 4 + [2 * FEED] * 2,
+        "attention.sliding_window_pattern": [True, False] * 3,
+        "attention.shared_kv_layers": 2,
+        "embedding_length_per_layer_input": 8,
+    },
+    _TURNED,
+    embedding=0.1,
+)
+KINDS["gemma4-large"] = Kind(
+    "gemma4",
+    _ends(tied=True)
+    | {
+        name: shape
+        for layer in range(4)
+        for name, shape in _gemma4(layer, shared=False, equal=True, wide=False, inputs=0, keys=1).items()
+    },
+    _RMS
+    | _GEMMA4
+    | {
+        "block_count": 4,
+        "attention.head_count_kv": [KEYS, 1] * 2,
+        "attention.sliding_window_pattern": [True, False] * 2,
+        "attention.shared_kv_layers": 0,
+        "embedding_length_per_layer_input": 0,
+    },
+    _TURNED,
+    embedding=0.1,
 )
 KINDS["phi3-longrope"] = Kind(
     "phi3",

@@ -29,7 +29,7 @@ RECORDED: dict[str, list[dict[str, Any]]] = json.loads((DATA / "gguf_tokens.json
 FP32 = Build("cpu", "fp32")
 NEAR, NEAR_GELU = 1e-4, 3e-3
 """By what part of itself llama.cpp's best logit may differ; its GELU is read from a table of half precision."""
-GELU = {"bloom", "falcon", "gemma", "gemma2", "gemma3", "gpt2", "starcoder2"}
+GELU = {"bloom", "falcon", "gemma", "gemma2", "gemma3", "gemma4", "gpt2", "starcoder2"}
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +147,7 @@ NOT_LLAMAS = sorted(
     for key, fate in ARCHITECTURE.items()
     if fate.kind == "refused"
     or key in ("logit_scale", "residual_scale", "embedding_scale", "attention.scale", "attn_logit_softcapping")
+    or key in ("attention.shared_kv_layers", "embedding_length_per_layer_input")
     or key in ("final_logit_softcapping", "attention.sliding_window", "attention.sliding_window_pattern")
 )
 
@@ -262,7 +263,7 @@ RENAMED = {
 def test_given_an_architecture_that_is_read_by_transformers_alone_when_loaded_then_it_is_refused(
     name: str, files: Path
 ) -> None:
-    assert name in ("deci", "gemma4", "lfm2", "mamba", "qwen35", "qwen35moe", "t5", "t5encoder", "umt5")
+    assert name in ("deci", "lfm2", "mamba", "qwen35", "qwen35moe", "t5", "t5encoder", "umt5")
     with pytest.raises(UnsupportedModel, match=f"is of the architecture '{name}', which is not read from a GGUF here"):
         interpreted(kind("llama", files), **{"general.architecture": name})
 
