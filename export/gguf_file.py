@@ -50,6 +50,11 @@ class GgufFile:
         field = self.readers[0].fields.get("tokenizer.ggml.tokens")
         return None if field is None else len(field.data)
 
+    def tokens(self, *texts: str) -> list[int]:
+        """The ids of those tokens of the vocabulary that are exactly one of `texts`."""
+        field = self.readers[0].fields.get("tokenizer.ggml.tokens")
+        return [] if field is None else [id for id, text in enumerate(field.contents()) if text in texts]
+
     def token_id(self, name: str) -> int | None:
         """The id under `tokenizer.ggml.NAME_token_id`."""
         field = self.readers[0].fields.get(f"tokenizer.ggml.{name}_token_id")

@@ -1,6 +1,7 @@
 """What a GGUF says of its model is carried over, compared or refused; its tokens are llama.cpp's own."""
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,16 @@ def test_given_a_gguf_when_loaded_for_embeddings_then_it_has_no_head_and_every_o
     assert told[-1] == 1
 
 
+def test_given_a_gemma_4_with_keys_in_layers_that_share_them_when_loaded_then_they_are_left_out(
+    files: Path, tmp_path: Path
+) -> None:
+    spare = {"attn_k.weight": (48, 64), "attn_v.weight": (48, 64), "attn_k_norm.weight": (24,)}
+    tensors = {f"blk.5.{name}": np.ones(shape, np.float32) for name, shape in spare.items()}
+    path = rewritten(kind("gemma4", files), tmp_path / "model.gguf", tensors)
+    case = RECORDED["gemma4"][0]
+    assert best(model(path), case)[0] == case["tokens"]
+
+
 def test_given_a_head_count_that_is_not_said_when_loaded_then_all_heads_have_keys_of_their_own(files: Path) -> None:
     assert interpreted(kind("llama", files), **{"llama.attention.head_count_kv": None}).settings["num_key_value_heads"] == 4
 
@@ -305,7 +316,7 @@ def test_given_a_key_that_was_taken_twice_when_the_rest_is_refused_then_it_is_no
 # Tensors -------------------------------------------------------------------------------------------------------------------
 
 
-def rewritten(path: Path, target: Path, tensors: dict[str, np.ndarray[Any, np.dtype[np.float32]] | None]) -> Path:
+def rewritten(path: Path, target: Path, tensors: Mapping[str, tiny_gguf.Array | None]) -> Path:
     """`path` with tensors added, replaced or (None) left out."""
     reader = gguf.GGUFReader(path)
     writer = GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
@@ -313,7 +324,7 @@ def rewritten(path: Path, target: Path, tensors: dict[str, np.ndarray[Any, np.dt
         if not name.startswith("GGUF.") and name != "general.architecture":
             kinds = field.types
             writer.add_key_value(name, field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
-    held = {tensor.name: np.array(tensor.data) for tensor in reader.tensors} | tensors
+    held = {tensor.name: np.array(tensor.data) for tensor in reader.tensors} | dict(tensors)
     for name, values in held.items():
         if values is not None:
             writer.add_tensor(name, values)
