@@ -27,8 +27,8 @@ DEFAULT_TEXT = Path("tests/data/perplexity.txt")
 DESCRIPTION = """\
 Build an engine bundle from a model and publish it under engines/.
 
-MODEL is a Hugging Face id (org/name, or org/name:FILE.gguf), a folder with config.json, or a .gguf file. Without MODEL a
-recipe is built: engines/smollm2-135m-instruct.toml, or the one given with --recipe.
+MODEL is a Hugging Face id (org/name, or org/name:FILE.gguf), a folder with config.json, or a .gguf file (of one in
+parts, any of them). Without MODEL a recipe is built: engines/smollm2-135m-instruct.toml, or the one given with --recipe.
 
 Before a bundle is published its engine is run and its greedy tokens are compared with transformers'; the outcome and, with
 a text at hand, the perplexity are recorded in the bundle's manifest.

@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from export import gguf_parts
 from export.errors import ExportError
 from runtime.bundle import Pooling, Precision, SamplingDefaults, Target, Task, ToolFormat
 
@@ -34,7 +35,7 @@ class ModelReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     sha256: str | None = None
-    """Of the GGUF file; checked when given."""
+    """Of the GGUF file, or over the hashes of its parts in order; checked when given."""
     license: str | None = None
     """SPDX identifier, recorded in the bundle."""
 
@@ -174,5 +175,12 @@ def of(
         where, _, file_name = model.partition(":")
         file = file_name or None
     reference = ModelReference(file=file, revision=revision, **{kind: where})
-    plain = re.sub(r"[^a-z0-9._-]+", "-", (Path(where).stem if path.is_file() else Path(where).name).lower()).strip("-._")
+    plain = re.sub(r"[^a-z0-9._-]+", "-", _plain_name(path, Path(where).name).lower()).strip("-._")
     return checked(Recipe(name or plain, reference, variants, tools, task, pooling))
+
+
+def _plain_name(path: Path, name: str) -> str:
+    """The name of a folder or a hub id as it is, a GGUF's without its suffix and the number of its part."""
+    if path.is_file() and path.suffix == ".gguf":
+        return gguf_parts.stem(path.name)
+    return Path(name).stem if path.is_file() else name

