@@ -54,9 +54,13 @@ class Stage:
     progress: Progress
     note: str = ""
 
+    done: float = 0.0
+    """The largest share that was told."""
+
     def advance(self, share: float) -> None:
-        """Tell how much of it is done, from 0 to 1."""
-        self.progress.advance(self.name, share)
+        """Tell how much of it is done, from 0 to 1; less than was told before is not passed on."""
+        self.done = min(max(self.done, share), 1.0)
+        self.progress.advance(self.name, self.done)
 
     def notice(self, sentence: str) -> None:
         """Tell whoever exports what they should know of it."""
@@ -84,14 +88,20 @@ class Export:
         Nothing is left behind when it fails, and an older bundle of that name stays as it was. Variants that the older
         bundle has and the recipe does not are kept when both come from the same weights.
         """
+        publish.check_writable(self.engines)
         sample = None if self.text is None else _read(self.text)
         template = None if recipe.chat_template is None else tokenizer.read_template(Path(recipe.chat_template))
         with self._stage("fetch") as stage:
-            checkpoint = source.fetch(recipe.model, self.cache)
+            checkpoint = source.fetch(recipe.model, self.cache, trust_remote_code=recipe.trust_remote_code, share=stage.advance)
             stage.note = f"{checkpoint.source.kind} {checkpoint.source.name}"
         with self._stage("load") as stage:
-            model = source.load(checkpoint, recipe.task)
+            lines: list[str] = []
+            model = source.load(
+                checkpoint, recipe.task, trust_remote_code=recipe.trust_remote_code, notes=lines, share=stage.advance
+            )
             stage.note = f"{model.config.model_type}, {model.num_parameters() / 1e6:.0f}M parameters"
+        for line in lines:
+            self.progress.notice(line)
         text, written, authors = self._text_side(recipe, checkpoint, model, template)
         folder = self.engines / recipe.name
         with publish.workshop(self.engines, recipe.name) as workshop:
@@ -147,6 +157,7 @@ class Export:
                 generation_config=getattr(model, "generation_config", None),
                 choice=recipe.tokenizer,
                 template=template,
+                trust_remote_code=recipe.trust_remote_code,
             )
             written = tools.detect(text) if recipe.tools is None else tools.named(recipe.tools)
             authors, notes = SamplingDefaults(), text.notes
