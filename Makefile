@@ -11,6 +11,7 @@ RECIPE ?=
 TARGET ?=
 PRECISION ?=
 SOAK ?= 1800
+FUZZ ?= 2000
 INSTALLED := $(VENV)/.installed
 
 EXPORT_FLAGS := $(if $(RECIPE),--recipe $(RECIPE)) $(if $(TARGET),--target $(TARGET)) $(if $(PRECISION),--precision $(PRECISION))
@@ -23,7 +24,7 @@ PEER_TARGETS := $(PEERS)/genai/.installed $(PEERS)/openvino/.installed $(PEERS)/
 CLIENTS := openai anthropic google-genai litellm langchain-openai instructor llm aiperf
 CLIENT_VENVS := .venv-clients
 
-.PHONY: help serve export test check unit e2e test-clients $(CLIENTS:%=test-clients-%) soak page sweep
+.PHONY: help serve export test check unit e2e test-clients $(CLIENTS:%=test-clients-%) soak page sweep fuzz
 .PHONY: bench bench-peers bench-served microbench test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
@@ -42,6 +43,7 @@ help:  ## show this
 	@echo "make bench-peers   install the peers under bench/.peers: half an hour, 6 GB; llama.cpp needs a C++ compiler, cmake, ninja"
 	@echo "make test-gpu      on a machine with an NVIDIA GPU, by GPU_PYTHON as it is: see docs/gpu.md"
 	@echo "make bench-gpu     the engine on the GPU beside transformers' compiled decode, in eight minutes; likewise"
+	@echo "make fuzz    [FUZZ=2000] tiny checkpoints with random options: each gives transformers' tokens or is refused (hours)"
 	@echo "make sweep   try every causal LM type that transformers knows; writes docs/architectures.md (an hour)"
 	@echo "make clean   remove .venv, caches and built engines"
 
@@ -100,6 +102,9 @@ $(CLIENT_VENVS)/%/.installed: tests/clients/%/requirements.txt | $(INSTALLED)
 
 sweep: $(INSTALLED)
 	$(BIN)/python -m tests.sweep
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 bench: $(INSTALLED)
 	@$(BIN)/engineshed export --if-missing --precision int4 fp32

@@ -178,6 +178,10 @@ class SlotCache(Cache):
         """Something for each row, [batch], for each token as the model sees them."""
         return self.as_model(rows[:, None].expand(self.step.position_ids.shape))
 
+    def longer_than(self, length: int) -> torch.Tensor:
+        """Which tokens, as the model sees them, belong to a row that has more than `length` tokens once it is complete."""
+        return self.of_tokens(self.step.rope_lengths > length)
+
     def visible(self, window: int) -> torch.Tensor:
         """Which keys a query sees through `window`: bool [batch, 1, seq, longest]."""
         queries, keys = self._axes()

@@ -5,7 +5,8 @@ and normalization stand as well, so that what a padded row holds behind its text
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from export.decoder import failure
 from export.errors import UnsupportedModel
 from export.library_messages import silence
 from export.operators import TRANSLATIONS
+from export.rotary import choose_by_row
 from export.sentence import Sentence
 from export.survey import PROBE_TOKENS, probe_tokens, watching_tables
 from export.trace_progress import watching
@@ -38,6 +40,34 @@ class Survey:
     """Positions it has."""
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """The texts of a pass; see `rotary.Rows`."""
+
+    lengths: torch.Tensor
+
+    def longer_than(self, length: int) -> torch.Tensor:
+        return (self.lengths > length)[:, None]
+
+
+_texts: _Texts | None = None
+
+
+def _current() -> _Texts | None:
+    return _texts
+
+
+@contextmanager
+def _of_lengths(lengths: torch.Tensor) -> Iterator[None]:
+    """While this lasts, position factors that depend on a text's length are chosen by these [batch]."""
+    global _texts
+    _texts = _Texts(lengths)
+    try:
+        yield
+    finally:
+        _texts = None
+
+
 class EmbeddingModule(torch.nn.Module):
     """`model`, with what `sentence` says becomes of its hidden states."""
 
@@ -57,7 +87,8 @@ class EmbeddingModule(torch.nn.Module):
             inputs["position_ids"] = positions[None].expand(input_ids.shape)
         if self.takes_cache:
             inputs["use_cache"] = False
-        hidden = self.model(**inputs).last_hidden_state.float()
+        with _of_lengths(lengths):
+            hidden = self.model(**inputs).last_hidden_state.float()
         pooled = self.dense(self._pool(hidden, inside, lengths))
         return torch.nn.functional.normalize(pooled, dim=-1) if self.normalized else pooled
 
@@ -88,6 +119,7 @@ def survey(model: PreTrainedModel, sentence: Sentence) -> Survey:
             expected = plain(tokens, lengths)
     except Exception as error:  # transformers raises whatever the model's code does
         raise UnsupportedModel(f"{name} does not run on tokens alone: {error} ({type(error).__name__})") from error
+    choose_by_row(model, _current)
     takes = "position_ids" in inspect.signature(model.forward).parameters
     if takes:
         takes = _same(EmbeddingModule(model, sentence, takes_positions=True)(tokens, lengths), expected)

@@ -9,22 +9,29 @@ keeps the factors that hold up to the length that the model was made for, which 
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import modeling_rope_utils
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from export.cache import SlotCache
 
-RowLengths = Callable[[], SlotCache | None]
-"""Gives the cache of the step that is under way; None while the model runs as transformers wrote it."""
+class Rows(Protocol):
+    """The rows of a pass, each of its own length."""
+
+    def longer_than(self, length: int) -> torch.Tensor:
+        """Which tokens belong to a row longer than `length`: bool, [batch, seq] as the model sees them, or [batch, 1]."""
+        ...
+
+
+Current = Callable[[], Rows | None]
+"""Gives the rows of the pass that is under way; None while the model runs as transformers wrote it."""
 
 
 class RotaryByRow(torch.nn.Module):
     """`rotary`, a module whose forward pass chooses factors by length, with a choice for each row."""
 
-    def __init__(self, rotary: torch.nn.Module, current: RowLengths) -> None:
+    def __init__(self, rotary: torch.nn.Module, current: Current) -> None:
         super().__init__()
         self.rotary = rotary
         self._current = current
@@ -38,23 +45,23 @@ class RotaryByRow(torch.nn.Module):
         return tuple(sorted(set(self._boundaries.values())))
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
-        """The module's own outputs, each [batch, seq, ...], by the step's `rope_lengths`."""
+        """The module's own outputs, each [batch, seq, ...], by the lengths of the rows."""
         kwargs = {} if layer_type is None else {"layer_type": layer_type}
-        cache = self._current()
-        if cache is None:
+        rows = self._current()
+        if rows is None:
             return self.rotary(x, position_ids, **kwargs)
         short = self._forward(self.short, x, position_ids, **kwargs)
         boundary = self._boundaries.get(layer_type)
         if boundary is None:
             return short
         long = self._forward(self.long, x, position_ids, **kwargs)
-        past = cache.of_tokens(cache.step.rope_lengths > boundary)
+        past = rows.longer_than(boundary)
         if isinstance(short, torch.Tensor):
             return _choose(past, long, short)
         return tuple(_choose(past, *pair) for pair in zip(long, short, strict=True))
 
 
-def choose_by_row(model: torch.nn.Module, current: RowLengths) -> None:
+def choose_by_row(model: torch.nn.Module, current: Current) -> None:
     """Put a `RotaryByRow` in the place of each module of `model` that chooses its factors by length."""
     found = [
         (parent, name, child)
