@@ -1,4 +1,4 @@
-"""The default model's bundle as the tests take it, or with the variable ENGINES another folder's of the same name.
+"""The default model's bundle as the tests take it, or with the variable TEST_ENGINES another folder's of the same name.
 
 See tests/quick_model.py for one that makes the server ten times as fast.
 """
@@ -11,7 +11,7 @@ import pytest
 MODEL = "smollm2-135m-instruct"
 PUBLISHED = Path(__file__).parents[1] / "engines"
 """Where `engineshed export` leaves the real one."""
-ENGINES = Path(os.environ.get("ENGINES") or PUBLISHED).absolute()
+ENGINES = Path(os.environ.get("TEST_ENGINES") or PUBLISHED).absolute()
 STANDS_IN = ENGINES != PUBLISHED
 """Another model answers under the default model's name."""
 

@@ -1,7 +1,7 @@
 """A stand-in for the default model that answers some ten times as fast: `python -m tests.quick_model FOLDER`.
 
 It has the default model's name, tokenizer, chat template and length, two small layers of random weights, and says any words.
-With the variable ENGINES=FOLDER the tests of the server run over it, as on a machine ten times as fast: `make test-quick`.
+With the variable TEST_ENGINES=FOLDER the tests of the server run over it, as on a machine ten times as fast: `make test-quick`.
 """
 
 import argparse

@@ -16,11 +16,10 @@ from pathlib import Path
 import pytest
 
 from tests.default_model import ENGINES, MODEL
+from tests.waiting import HANGS_SECONDS
 
 ROOT = Path(__file__).parents[2]
 TOKENS = "engineshed_generated_tokens_total"
-HANGS_SECONDS = 120
-"""After which what has not come is taken for never to come; a busy machine may take long."""
 
 
 @dataclass(frozen=True)

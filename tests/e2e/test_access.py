@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.default_model import ENGINES, MODEL
-from tests.e2e.conftest import HANGS_SECONDS, ROOT, serving
+from tests.e2e.conftest import ROOT, serving
+from tests.waiting import HANGS_SECONDS
 
 
 def keys(*arguments: str) -> str:

@@ -13,7 +13,8 @@ import pytest
 from bench import report
 from bench.measure import Report, Result
 from tests.default_model import ENGINES, MODEL, STANDS_IN
-from tests.e2e.conftest import HANGS_SECONDS, ROOT, Server, serving
+from tests.e2e.conftest import ROOT, Server, serving
+from tests.waiting import HANGS_SECONDS
 
 COMMAND = [sys.executable, "engineshed.py", "bench", "serve"]
 SERVE = shlex.join(

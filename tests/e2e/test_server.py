@@ -20,7 +20,8 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
 from tests.default_model import ENGINES, MODEL, STANDS_IN, says
-from tests.e2e.conftest import HANGS_SECONDS, ROOT, Server, serving
+from tests.e2e.conftest import ROOT, Server, serving
+from tests.waiting import HANGS_SECONDS
 
 FRANCE: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Complete the sentence: The capital of France is"}]
 """Of a question that the model answers with a wide margin; a near tie would be decided by the rounding of a kernel."""

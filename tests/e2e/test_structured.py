@@ -180,7 +180,7 @@ async def test_a_bomb_is_answered_in_bounded_time(wide: Server, pattern: str) ->
             "/v1/chat/completions", json={"model": MODEL, **chat("Well?"), "guided_regex": pattern}
         ) as response:
             told = await response.json()
-        assert response.status in (200, 400), told
+        assert response.status in (200, 400, 503), told
         if response.status == 400:
             assert told["error"]["param"] == "guided_regex" or told["error"]["code"] == "constraint_unmet"
         assert asyncio.get_running_loop().time() - begin < 100

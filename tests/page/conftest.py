@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
-from tests.e2e.conftest import HANGS_SECONDS, Server, serving
+from tests.e2e.conftest import Server, serving
+from tests.waiting import HANGS_SECONDS
 
 FRANCE = "Complete the sentence: The capital of France is"
 """What the model answers with a wide margin, so that no rounding decides a word."""

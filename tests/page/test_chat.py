@@ -13,9 +13,10 @@ from playwright.sync_api import expect
 
 from server import keys
 from tests.default_model import real, says
-from tests.e2e.conftest import HANGS_SECONDS, ROOT, Server, serving
+from tests.e2e.conftest import ROOT, Server, serving
 from tests.e2e.test_server import FINISHED, RUNNING
 from tests.page.conftest import FRANCE, Visit, chat
+from tests.waiting import HANGS_SECONDS
 
 LONG = "Write a long essay on the history of railways."
 """What the model writes about, greedily, for as long as it may."""

@@ -5,8 +5,9 @@ import subprocess
 
 from playwright.sync_api import expect
 
-from tests.e2e.conftest import HANGS_SECONDS, Server
+from tests.e2e.conftest import Server
 from tests.page.conftest import Visit
+from tests.waiting import HANGS_SECONDS
 
 NEEDS_MORE = {"embeddings", "stored_response", "status", "load", "unload", "reload"}
 """What this server refuses: it has no model for embeddings, stores nothing and runs without keys."""

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from playwright.sync_api import Page, expect
 
 from tests.default_model import MODEL
-from tests.e2e.conftest import HANGS_SECONDS, Server
+from tests.e2e.conftest import Server
 from tests.e2e.test_server import RUNNING
 from tests.page.conftest import Visit, eventually
+from tests.waiting import HANGS_SECONDS
 
 
 def chart(page: Page, title: str) -> str:

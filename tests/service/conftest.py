@@ -20,12 +20,11 @@ import pytest
 
 from runtime import bundle as bundles
 from runtime.bundle import MANIFEST
+from tests.waiting import HANGS_SECONDS
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("alpha", "beta", "gamma")
 SMALL = ("--slots=4", "--context=256")
-HANGS_SECONDS = 120
-"""After which what has not come is taken for never to come; a busy machine may take long."""
 
 
 @pytest.fixture(scope="session")

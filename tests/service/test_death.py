@@ -9,7 +9,8 @@ import aiohttp
 import psutil
 import pytest
 
-from tests.service.conftest import HANGS_SECONDS, Running, events, gone, serve
+from tests.service.conftest import Running, events, gone, serve
+from tests.waiting import HANGS_SECONDS
 
 PROMPT = [5, 6, 7, 8, 9]
 

@@ -14,7 +14,8 @@ import psutil
 
 from runtime import bundle as bundles
 from runtime.footprint import footprint
-from tests.service.conftest import HANGS_SECONDS, MODELS, ROOT, SMALL, Running, events, gone, publish, serve
+from tests.service.conftest import MODELS, ROOT, SMALL, Running, events, gone, publish, serve
+from tests.waiting import HANGS_SECONDS
 
 PROMPT = [5, 6, 7, 8, 9]
 ANSWERED = "engineshed_requests_total"

@@ -29,6 +29,7 @@ from runtime.messages import (
 )
 from runtime.text import Text
 from server.engine_client import EngineClient
+from tests.waiting import HANGS_SECONDS
 
 READY = Ready(model="tiny", variant="cpu-int4", slots=2, context=64, queue=4, vocab_size=256, pid=os.getpid())
 IDLE = Heartbeat(
@@ -78,7 +79,7 @@ class ScriptedWorker:
 
     async def next(self, kind: type[Kind]) -> Kind:
         """The next request that arrives, which must be of this kind."""
-        message = await asyncio.wait_for(self.received.get(), 5)
+        message = await asyncio.wait_for(self.received.get(), HANGS_SECONDS)
         assert isinstance(message, kind), message
         return message
 
