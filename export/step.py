@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from export.attention import NAME, speaking_to
 from export.cache import Dialect, Layer, SlotCache, Step
-from export.errors import UnsupportedModel
+from export.errors import ExportError, UnsupportedModel
 
 
 @dataclass
@@ -103,15 +103,27 @@ def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A copy of `model` with its weights in `dtype`, as transformers loads one; the same model where they are.
 
     What is no weight keeps its type: rotary frequencies, rounded to 16 bits, would turn a thousandth position by a wrong angle.
+    Raises ExportError for weights that are too large for `dtype`.
     """
     if model.dtype == dtype:
         return model
+    _check_range(model, dtype)
     made = copy.deepcopy(model)
     weights = made.state_dict(keep_vars=True).values()
     for tensor in (*made.parameters(), *weights):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return made
+
+
+def _check_range(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    limit = torch.finfo(dtype).max
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and weight.numel() and (largest := float(weight.abs().max())) > limit:
+            raise ExportError(
+                f"the weights of {type(model).__name__} do not fit into {str(dtype).removeprefix('torch.')}: {name} reaches "
+                f"{largest:,.0f}, which ends at {limit:,.0f}; give --precision bf16, or a target for the CPU"
+            )
 
 
 class _RealIndexing(TorchFunctionMode):

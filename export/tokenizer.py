@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from export.errors import ExportError
+from export.library_messages import in_few_words
 from export.splits import SPLITS
 from runtime.bundle import TEMPLATE, TOKENIZER
 from runtime.template import ChatTemplate
@@ -47,12 +48,16 @@ def read_text(
     *,
     revision: str | None = None,
     generation_config: GenerationConfig | None = None,
+    trust_remote_code: bool = False,
 ) -> TextSide:
     """The text side of the model at `path`: a folder, a hub id at `revision`, or the file `gguf_file` in a folder.
 
     The EOS tokens of `generation_config` are stop ids too. Raises ExportError.
     """
-    side = _of_transformers(path, revision=revision) if gguf_file is None else _of_gguf(Path(path) / gguf_file)
+    if gguf_file is None:
+        side = _of_transformers(path, revision=revision, trust_remote_code=trust_remote_code)
+    else:
+        side = _of_gguf(Path(path) / gguf_file)
     more = generation_config.eos_token_id if generation_config is not None else None
     stop_ids = (*side.stop_ids, *(more if isinstance(more, list | tuple) else [more]))
     return TextSide(side.tokenizer, _checked(side.template, path), side.bos_id, _distinct(stop_ids))
@@ -80,7 +85,7 @@ def _of_transformers(path: str | Path, **options: Any) -> TextSide:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # transformers raises whatever the file's reader did.
-        raise ExportError(f"{path} has no tokenizer that transformers can load: {error}") from error
+        raise ExportError(f"{path} has no tokenizer that transformers can load: {in_few_words(str(error))}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ExportError(
             f"the tokenizer of {path} ({type(tokenizer).__name__}) runs only in Python, and a bundle holds a tokenizer.json;"
@@ -103,7 +108,7 @@ def _of_gguf(path: Path) -> TextSide:
         tokenizer = _byte_level(metadata, path)
         side = TextSide(tokenizer, metadata.get("tokenizer.chat_template"), metadata.get("tokenizer.ggml.bos_token_id"), ())
     else:
-        side = _of_transformers(path.parent, gguf_file=path.name)
+        side = _of_transformers(path.parent, gguf_file=path.name, trust_remote_code=False)
     ends = _distinct([*(metadata.get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS), *side.stop_ids])
     return TextSide(side.tokenizer, side.template, side.bos_id, ends)
 

@@ -1,6 +1,6 @@
 """A tiny Llama with random weights, saved as a Hugging Face folder, and its bundle: quick to make, real all the way."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,9 +43,13 @@ class Silent:
     notes: dict[str, str] = field(default_factory=dict)
     begun: list[str] = field(default_factory=list)
     shares: dict[str, list[float]] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
 
     def begin(self, stage: str) -> None:
         self.begun.append(stage)
+
+    def report(self, line: str) -> None:
+        self.lines.append(line)
 
     def advance(self, stage: str, share: float) -> None:
         self.shares.setdefault(stage, []).append(share)
@@ -127,11 +131,15 @@ def tracing_once() -> Iterator[None]:
     real = decoder.trace
 
     def remembered(
-        model: PreTrainedModel, seen: decoder.Survey, dialect: Dialect = "onnxruntime", capacity: int | None = None
+        model: PreTrainedModel,
+        seen: decoder.Survey,
+        dialect: Dialect = "onnxruntime",
+        capacity: int | None = None,
+        share: Callable[[float], None] = lambda share: None,
     ) -> ir.Model:
         key = model.dtype, dialect, capacity
         if key not in _traced:
-            _traced[key] = real(model, seen, dialect, capacity)
+            _traced[key] = real(model, seen, dialect, capacity, share)
         return _traced[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:
