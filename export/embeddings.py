@@ -127,7 +127,7 @@ class EmbeddingJob:
             vocab_size=self.vocab,
             max_length=self.max_length,
             stop_ids=(),
-            bos_id=None,
+            special_tokens={},
             files=(),
             variants=(variant,),
             created=0,

@@ -11,13 +11,17 @@ import msgspec
 
 from export import gguf_parts
 from export.errors import ExportError
-from runtime.bundle import Pooling, Precision, Target, Task, ToolFormat
+from runtime.bundle import Pooling, Precision, SamplingDefaults, Target, Task, ToolFormat
 
 _WHEEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 _HUBS = ("huggingface.co", "hf.co", "www.huggingface.co")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
+MIN_LENGTH = 32
+"""Tokens that a model must take, for its engine to be verified."""
+TokenizerChoice = Literal["file", "transformers"]
+"""Whose tokenizer is taken: the authors' tokenizer.json, where there is one, or what AutoTokenizer makes of its vocabulary."""
 CONTEXT = 4096
 """Tokens a slot of a plan holds unless the model has fewer or the recipe says otherwise."""
 
@@ -85,6 +89,13 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     task: Task = "text-generation"
     pooling: Pooling | None = None
     """Of a model for embeddings whose files do not say it."""
+    tokenizer: TokenizerChoice = "file"
+    chat_template: str | None = None
+    """A file with the chat template that takes the place of the model's own."""
+    sampling: SamplingDefaults = SamplingDefaults()
+    """How tokens are drawn where a request does not say; what is left out is as the model's own files recommend."""
+    max_length: int | None = None
+    """Tokens that a prompt and its answer may have together; None takes what the model was made for."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model, where transformers has none for it: with all rights of who exports."""
 
@@ -126,12 +137,16 @@ def checked(recipe: Recipe) -> Recipe:
     names = [build.name for build in recipe.variants]
     if len(set(names)) < len(names):
         raise ExportError(f"recipe {recipe.name!r} names a variant twice ({', '.join(names)}); name each once")
+    if recipe.max_length is not None and recipe.max_length < MIN_LENGTH:
+        raise ExportError(f"recipe {recipe.name!r}: max_length is {recipe.max_length}; it is at least {MIN_LENGTH} tokens")
     for build in recipe.variants:
         _check(build)
     if recipe.task == "feature-extraction":
         elsewhere = [build.name for build in recipe.variants if build.target != "cpu"]
         if elsewhere:
             raise ExportError(f"embeddings are computed on the CPU only; variant {elsewhere[0]!r} cannot be built for them")
+        if recipe.chat_template is not None or recipe.sampling != SamplingDefaults():
+            raise ExportError(f"recipe {recipe.name!r}: a chat template and sampling are for answers, and embeddings have none")
     elif recipe.pooling is not None:
         raise ExportError(f"recipe {recipe.name!r}: pooling is for embeddings; it goes with the task feature-extraction")
     return recipe
@@ -164,7 +179,6 @@ def of(
     tools: ToolFormat | Literal["none"] | None = None,
     task: Task = "text-generation",
     pooling: Pooling | None = None,
-    trust_remote_code: bool = False,
 ) -> Recipe:
     """The recipe that the command line says: `model` is a hub id (`ID` or `ID:FILE.gguf`) or its address, a folder or a GGUF
     file.
@@ -176,7 +190,7 @@ def of(
             raise ExportError(
                 f"no bundle can be named after {model!r}, which has no letters or digits of ASCII; give a name with --name"
             )
-    return checked(Recipe(name, reference, variants, tools, task, pooling, trust_remote_code))
+    return checked(Recipe(name, reference, variants, tools, task, pooling))
 
 
 def _reference(model: str, revision: str | None) -> ModelReference:
@@ -218,13 +232,18 @@ def _of_address(address: str, revision: str | None) -> ModelReference:
 
 
 def _plain(reference: ModelReference) -> str:
-    """A bundle's name after the model's: the folder's (also where it is `.`), the file's without its ending and the number of
-    its part, or the repository's.
+    """A bundle's name after the model's: the folder's (also where it is `.`), the file's without its ending, or the
+    repository's.
     """
     if reference.path is not None:
         path = Path(reference.path)
-        named = gguf_parts.stem(path.name) if path.is_file() else path.resolve().name
+        named = _stem(path) if path.is_file() else path.resolve().name
     else:
         named = Path(reference.hub or "").name
     folded = unicodedata.normalize("NFKD", named).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9._-]+", "-", folded.lower()).strip("-._")[:100]
+
+
+def _stem(file: Path) -> str:
+    """The file's name without its ending; of a GGUF in parts without its number, too."""
+    return gguf_parts.stem(file.name) if file.suffix == ".gguf" else file.stem

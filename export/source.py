@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -102,11 +102,11 @@ def load(
     """
     if checkpoint.gguf_file is not None:
         return _load_gguf(checkpoint.path, task, notes, share)
+    model: PreTrainedModel
     files = checkpoint_files.examine(checkpoint.folder)
     scales = stored_types.quantization(files)
     options: dict[str, Any] = {} if scales is None else {"quantization_config": scales}
     heard: list[str] = []
-    model: PreTrainedModel
     try:
         with library_messages.listening(heard), library_messages.counting_weights(share):
             model, loaded = TasksManager.get_model_from_task(
@@ -136,6 +136,7 @@ def load(
 
 
 def _load_gguf(path: Path, task: Task, notes: list[str] | None, share: Callable[[float], None]) -> PreTrainedModel:
+    checkpoint_files.check_no_pointers(path)
     heard: list[str] = []
     with library_messages.listening(heard), library_messages.counting_weights(lambda _: None):
         model = gguf_model.load(path, task, share)
@@ -313,9 +314,10 @@ def _unreachable(reference: ModelReference, error: Exception) -> str:
 
 def _from_hub(reference: ModelReference, share: Callable[[float], None], *, trust_remote_code: bool) -> Checkpoint:
     assert reference.hub is not None
-    patterns = (
-        list(gguf_parts.names(reference.file)) if reference.file else [*_HUB_FILES, *(_HUB_CODE if trust_remote_code else [])]
-    )
+    if reference.file:
+        patterns = list(gguf_parts.names(reference.file))
+    else:
+        patterns = [*_HUB_FILES, *(_HUB_CODE if trust_remote_code else [])]
     try:
         folder = Path(snapshot_download(reference.hub, revision=reference.revision, allow_patterns=patterns))
     except HFValidationError as error:
@@ -356,10 +358,11 @@ def _local(path: Path, reference: ModelReference, share: Callable[[float], None]
             meant = f"its folder, {path.parent}" if whole.exists() else "the model's folder"
             raise ExportError(f"{path} is not a GGUF file; give {meant}, or a .gguf file")
         parts = gguf_parts.found(path)
-        checkpoint_files.check_no_pointers(*parts)
-        return Checkpoint(
-            path.parent, parts[0].name, Source("gguf", parts[0].name, sha256=_digest(parts, share), license=reference.license)
-        )
+        for part in parts:
+            checkpoint_files.check_no_pointers(part)
+        digests = _digests(list(parts), share)
+        digest = digests[0] if len(digests) == 1 else _over(digests)
+        return Checkpoint(path.parent, parts[0].name, Source("gguf", parts[0].name, sha256=digest, license=reference.license))
     checkpoint_files.check_contained(path)
     checkpoint_files.check_no_pointers(path)
     name = path.resolve().name
@@ -369,8 +372,8 @@ def _local(path: Path, reference: ModelReference, share: Callable[[float], None]
 def _only_gguf(folder: Path) -> Path:
     """The GGUF file of a folder without config.json. Raises ExportError."""
     try:
-        found = [file.name for file in folder.glob("*.gguf") if not file.name.startswith("mmproj")]
-        ggufs = sorted({gguf_parts.names(name)[0] for name in found})
+        files = [file.name for file in folder.glob("*.gguf") if not file.name.startswith("mmproj")]
+        ggufs = sorted({gguf_parts.names(name)[0] for name in files})
         if not ggufs:
             if any(folder.glob("mmproj*.gguf")):
                 raise ExportError(
@@ -386,17 +389,14 @@ def _only_gguf(folder: Path) -> Path:
 
 
 def _weights_digest(folder: Path, share: Callable[[float], None]) -> str | None:
-    """The digest of the folder's weight files in name order; None where there are none."""
+    """The digest over the hashes of the folder's weight files in name order; None where there are none."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    if not files:
-        return None
-    return hashlib.sha256("".join(_digests(files, share)).encode()).hexdigest()
+    return _over(_digests(files, share)) if files else None
 
 
-def _digest(parts: Sequence[Path], share: Callable[[float], None]) -> str:
-    """The digest of a file, or over those of its parts."""
-    digests = _digests(list(parts), share)
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+def _over(digests: list[str]) -> str:
+    """The digest over those of several files."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _digests(files: list[Path], share: Callable[[float], None]) -> list[str]:

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from export.tokenizer import TextSide
-from runtime.bundle import ToolFormat
+from runtime.bundle import DEFAULT_TEMPLATE, ToolFormat
 from runtime.template import ChatTemplate
 
 _NOT_JSON = ("<function=", "<arg_key>", "<parameter")
@@ -11,8 +11,11 @@ _NOT_JSON = ("<function=", "<arg_key>", "<parameter")
 
 
 def detect(side: TextSide) -> ToolFormat | None:
-    """The format that the model was made for; None where its template takes no tools, or has it write calls in another way."""
-    template = side.template or ""
+    """The format that the model was made for; None where its template takes no tools, or has it write calls in another way.
+
+    Of several templates, the one for conversations with tools is looked at, as transformers takes it for them.
+    """
+    template = side.templates.get("tool_use") or side.templates.get(DEFAULT_TEMPLATE) or ""
     if not template or ChatTemplate(template, most=0).shape.tools is None:
         return None
     if any(mark in template for mark in _NOT_JSON):

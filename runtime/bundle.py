@@ -1,21 +1,27 @@
 """The bundle: what export writes, what the runtime and the server read, and nothing else between the three.
 
 A bundle is a folder `engines/NAME/` that holds `bundle.json` (a `Bundle`), `tokenizer.json`, perhaps
-`chat_template.jinja`, and one folder per variant. It exists whole or not at all: export writes it elsewhere and renames it.
+`chat_template.jinja` and further templates in `additional_chat_templates/`, and one folder per variant. It exists whole or not
+at all: export writes it elsewhere and renames it.
 """
 
 import hashlib
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
+DEFAULT_TEMPLATE = "default"
+"""What the template in `TEMPLATE` is called among several."""
+MORE_TEMPLATES = "additional_chat_templates"
+"""Folder of the chat templates by other names than `default`: `NAME.jinja` each, as in a model's own folder."""
 
 Target = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
@@ -56,6 +62,23 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     license: str | None = None
 
 
+class SamplingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How tokens are drawn where a request does not say; what is None is left to whatever stands behind."""
+
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    """0 always takes the most likely token."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    """0 keeps all tokens."""
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+
+    def over(self, behind: "SamplingDefaults") -> "SamplingDefaults":
+        """These, and where one is None that of `behind`."""
+        given = {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
+        return msgspec.structs.replace(behind, **given)
+
+
 class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The KV geometry of one decoder layer."""
 
@@ -75,6 +98,8 @@ class Verification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tokens compared."""
     equal: int
     """Tokens that were the reference's own; in a quantized variant each is judged after the engine's own past."""
+    longest: int = 0
+    """Tokens of the longest row that was compared; 0 where it is not known."""
     cosine: float | None = None
     """Of a model for embeddings, whose texts are counted above in place of tokens: the least cosine between the engine's and
     the reference's embedding of a text."""
@@ -158,6 +183,8 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Path of the one that also takes masks and adjustments, and tells alternatives; None where `model` itself does."""
     plan: Plan | None = None
     """Where `model` is a TensorRT plan."""
+    length_boundaries: tuple[int, ...] = ()
+    """Row lengths past which the model computes every position in another way, ascending: see `Engine.length_boundaries`."""
     verification: Verification | None = None
     perplexity: Perplexity | None = None
 
@@ -192,16 +219,18 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
     """Positions the model was made for: prompt and answer together."""
     stop_ids: tuple[int, ...]
     """Tokens that end an answer."""
-    bos_id: int | None
-    """The beginning-of-sequence token that a chat template may name."""
+    special_tokens: dict[str, str]
+    """Those that a chat template may name, as `bos_token`, by their names."""
     files: tuple[File, ...]
-    """The tokenizer and the chat template, if any."""
+    """The tokenizer and the chat templates, if any."""
     variants: tuple[Variant, ...]
     created: int
     """Seconds since the epoch."""
     task: Task = "text-generation"
     tools: ToolFormat | None = None
     """None where the model was not made for tools."""
+    sampling: SamplingDefaults = SamplingDefaults()
+    """What its authors recommend; nothing for embeddings."""
     pooling: Pooling | None = None
     """Of a model for embeddings."""
     encoder: Encoder | None = None
@@ -224,6 +253,12 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
             return self.max_length
         # Rows that only fill a batch up stand one position further, which a table of positions must still have.
         return min(self.max_length, variant.plan.capacity) - 1
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """The paths of the chat templates by their names, of which `default` is the one that is taken by itself."""
+        paths = [file.path for file in self.files if file.path == TEMPLATE or file.path.startswith(f"{MORE_TEMPLATES}/")]
+        return {DEFAULT_TEMPLATE if path == TEMPLATE else Path(path).stem: path for path in paths}
 
     @property
     def tokenizer(self) -> str | None:

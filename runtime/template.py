@@ -80,6 +80,7 @@ class ChatTemplate:
         With `continue_final_message` the prompt ends with the last message's content, which the answer continues; no generation
         prompt is added then. `options` are further variables of the template, such as `enable_thinking`.
         """
+        messages = [_without_gaps(message) for message in messages]
         variables = {
             "messages": messages,
             "tools": tools,
@@ -129,6 +130,17 @@ class ChatTemplate:
         except TemplateError:
             return False
         return all(mark in rendered for mark in marks)
+
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The fields in which a message's reasoning is sent; templates read one of the first two."""
+
+
+def _without_gaps(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message without fields that are null, and its reasoning by the names that templates know, as transformers does."""
+    given = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((given[name] for name in _REASONING if name in given), None)
+    return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
 
 
 def _marked(messages: Sequence[Mapping[str, Any]], mark: str) -> Mapping[str, Any]:

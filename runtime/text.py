@@ -18,8 +18,11 @@ from typing import Any
 import jinja2
 from tokenizers import Tokenizer
 
-from runtime.bundle import TEMPLATE, TOKENIZER, Bundle, BundleError
+from runtime.bundle import DEFAULT_TEMPLATE, TOKENIZER, Bundle, BundleError
 from runtime.template import ChatTemplate, Shape, TemplateError
+
+_FOR_TOOLS = "tool_use"
+"""What the template for conversations with tools is called among several."""
 
 
 class TextError(Exception):
@@ -29,13 +32,15 @@ class TextError(Exception):
 class Text:
     """The text side of one bundle. It holds no state of a request: one serves any number of them."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None, folder: Path = Path()) -> None:
-        """`folder` is the bundle's."""
+    def __init__(
+        self, tokenizer: Tokenizer, templates: Mapping[str, ChatTemplate] | None = None, folder: Path = Path()
+    ) -> None:
+        """`templates` are the chat templates by their names; `folder` is the bundle's."""
         self.folder = folder
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._template = template
+        self._templates = dict(templates or {})
         self._pieces = _Pieces(tokenizer)
 
     @classmethod
@@ -46,17 +51,40 @@ class Text:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises nothing more specific.
             raise BundleError(f"{path} cannot be read ({error}); export the model again") from error
-        return cls(tokenizer, _template(folder / TEMPLATE, bundle, tokenizer), folder)
+        # A longer text has more tokens than the model has positions, whatever it says.
+        most = bundle.max_length * max(map(len, tokenizer.get_vocab()))
+        templates = {name: _template(folder / file, most, bundle.special_tokens) for name, file in bundle.templates.items()}
+        return cls(tokenizer, templates, folder)
 
     @property
-    def has_template(self) -> bool:
-        """Whether `chat` can work."""
-        return self._template is not None
+    def templates(self) -> tuple[str, ...]:
+        """The names of the chat templates; without any `chat` cannot work."""
+        return tuple(self._templates)
 
-    @property
-    def shape(self) -> Shape:
-        """What the chat template takes."""
-        return Shape() if self._template is None else self._template.shape
+    def choose(self, wanted: str | None = None, *, tools: bool = False) -> str:
+        """The name of the chat template that is meant: the one that is `wanted`, with tools `tool_use`, else `default`.
+
+        That is what transformers' `apply_chat_template` takes. Raises TextError where there is none.
+        """
+        if not self._templates:
+            raise TextError("this model has no chat template; send its prompt to /v1/completions instead")
+        there = ", ".join(sorted(self._templates))
+        if wanted is not None:
+            if wanted not in self._templates:
+                raise TextError(
+                    f"this model has no chat template called {wanted!r}; it has {there}. Templates are the model's own: export "
+                    "it with --chat-template to give it another"
+                )
+            return wanted
+        if tools and _FOR_TOOLS in self._templates:
+            return _FOR_TOOLS
+        if DEFAULT_TEMPLATE not in self._templates:
+            raise TextError(f"this model has several chat templates and none of them is the default; name one of {there}")
+        return DEFAULT_TEMPLATE
+
+    def shape(self, template: str | None = None) -> Shape:
+        """What the chat template of that name takes; of None, a template that takes nothing but turns."""
+        return Shape() if template is None else self._templates[template].shape
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The tokens of `text`; with `special`, also those that the model expects around a text, such as BOS.
@@ -92,17 +120,19 @@ class Text:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         options: Mapping[str, Any] | None = None,
+        template: str | None = None,
     ) -> list[int]:
-        """The tokens of a conversation, laid out by the model's chat template; raises TextError.
+        """The tokens of a conversation, laid out by the chat template of that name, or the one that `choose` gives.
+
+        Raises TextError.
 
         The template spells out every special token itself, so none is added. Those that a message spells out become tokens
         too, as transformers does by default: a client can end its own turn early and write the next one. The rest is
         `ChatTemplate.render`'s.
         """
-        if self._template is None:
-            raise TextError("this model has no chat template; send its prompt to /v1/completions instead")
+        name = self.choose(tools=tools is not None) if template is None else template
         try:
-            prompt = self._template.render(
+            prompt = self._templates[name].render(
                 messages,
                 tools=tools,
                 documents=documents,
@@ -304,19 +334,13 @@ _BYTES = _byte_alphabet()
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
-def _template(path: Path, bundle: Bundle, tokenizer: Tokenizer) -> ChatTemplate | None:
-    if path.name not in {file.path for file in bundle.files}:
-        return None
+def _template(path: Path, most: int, tokens: Mapping[str, str]) -> ChatTemplate:
     try:
         source = path.read_text(encoding="utf-8")
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror}); export the model again") from error
     except UnicodeDecodeError as error:
         raise BundleError(f"{path} is no UTF-8 text ({error}); export the model again") from error
-    named = {"bos_token": bundle.bos_id, "eos_token": bundle.stop_ids[0] if bundle.stop_ids else None}
-    tokens = {name: token for name, id in named.items() if id is not None and (token := tokenizer.id_to_token(id)) is not None}
-    # A longer text has more tokens than the model has positions, whatever it says.
-    most = bundle.max_length * max(map(len, tokenizer.get_vocab()))
     try:
         return ChatTemplate(source, most=most, **tokens)
     except jinja2.TemplateSyntaxError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import zmq
 
-from runtime import devices, encoder, logs, messages, orphan
+from runtime import devices, encoder, kernels, logs, messages, orphan
 from runtime.bundle import MANIFEST, TOKENIZER, Bundle, BundleError, Variant, read, sha256
 from runtime.devices import CPU_SLOTS, GPU_MEMORY, DeviceError
 from runtime.draft import Drafter
@@ -22,7 +22,7 @@ from runtime.engine import DeviceLost, EngineError
 from runtime.grammar import Grammars
 from runtime.loading import MOST_SLOTS, Placement, default_cache, start
 from runtime.loop import QUEUE_FILLS, Loop, News
-from runtime.messages import Attach, Cancel, Embed, Generate, Heartbeat, Progress, Ready, Refused
+from runtime.messages import Attach, Cancel, Embed, Generate, Heartbeat, HeartbeatRequest, Progress, Ready, Refused
 
 log = logging.getLogger("engineshed.worker")
 
@@ -99,6 +99,8 @@ class Worker:
                 news = self._loop.cancel(owner, request.id)
                 if news is not None:
                     self._publish([news])
+            case HeartbeatRequest(number):
+                self._send(owner, self._heartbeat(number))
 
     def _submit(self, owner: bytes, request: Generate | Embed) -> Refused | None:
         """Have the loop take `request`, or say why not."""
@@ -132,15 +134,19 @@ class Worker:
     def _beat(self) -> None:
         self._heartbeat_due = time.monotonic() + messages.HEARTBEAT_SECONDS
         self._proven = bool(self._loop.counters.finished)
-        beat = Heartbeat(
+        beat = self._heartbeat()
+        for owner in list(self._fronts):
+            self._send(owner, beat)
+
+    def _heartbeat(self, number: int = 0) -> Heartbeat:
+        return Heartbeat(
             running=self._loop.running,
             waiting=self._loop.waiting,
             waiting_tokens=self._loop.waiting_tokens,
             kv_tokens=self._loop.kv_tokens,
             **asdict(self._loop.counters),
+            number=number,
         )
-        for owner in list(self._fronts):
-            self._send(owner, beat)
 
 
 def _arguments() -> argparse.Namespace:
@@ -243,6 +249,7 @@ def _embedding(arguments: argparse.Namespace, manifest: Bundle) -> tuple[Embeddi
         queue=arguments.queue,
         vocab_size=engine.vocab_size,
         pid=os.getpid(),
+        kernels=kernels.describe(variant, devices.parse(arguments.device)),
     )
     return EmbeddingLoop(engine, queue=arguments.queue, queue_tokens=arguments.queue_tokens), ready
 
@@ -260,6 +267,7 @@ def _generating(arguments: argparse.Namespace, manifest: Bundle) -> tuple[Loop, 
     )
     variant = manifest.for_device(place.device.kind, arguments.variant)
     guessing = _draft(arguments, manifest, place)
+    computing = kernels.describe(variant, place.device, place.provider)  # while all GPUs are to be seen
     engine = start(arguments.bundle, manifest, variant, place, beside=None if guessing is None else guessing[1])
     drafter = None
     if guessing is not None:
@@ -273,6 +281,7 @@ def _generating(arguments: argparse.Namespace, manifest: Bundle) -> tuple[Loop, 
         queue=arguments.queue,
         vocab_size=engine.vocab_size,
         pid=os.getpid(),
+        kernels=computing,
     )
     loop = Loop(
         engine,

@@ -4,16 +4,40 @@ import secrets
 
 import msgspec
 
+from runtime.bundle import SamplingDefaults
 from runtime.messages import Constraint, Sampling
 
+SILENT = SamplingDefaults(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
+"""OpenAI's defaults: what holds where neither a request nor anybody who serves the model says anything."""
 _APART = 0x9E3779B97F4A7C15
 """Between the seeds of two answers to one request: far, so that another request's seed plus one is none of them."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request says of how tokens are drawn; None where it leaves that to the model."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    """0 keeps all tokens."""
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int = 0
+    logit_bias: dict[int, float] = {}
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+
+    def over(self, defaults: SamplingDefaults) -> Sampling:
+        """How tokens are drawn: as the request says and, where it is silent, as `defaults` and OpenAI's have it."""
+        behind = msgspec.structs.asdict(defaults.over(SILENT))
+        own = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+        return Sampling(**(behind | own))
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """How one or several answers to a prompt are to be made."""
 
-    sampling: Sampling = Sampling()
+    sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None
     """None takes what the prompt leaves of the context."""
     limit: str = "max_tokens"
@@ -36,11 +60,13 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     count: int = 1
     """Answers to each prompt."""
 
-    def nth(self, index: int) -> Sampling:
-        """The sampling of the answer at `index`: each has a seed of its own, the first one the request's."""
-        if not index:
-            return self.sampling
-        return msgspec.structs.replace(self.sampling, seed=(self.sampling.seed + index * _APART) % 2**63)
+    def nth(self, index: int, defaults: SamplingDefaults) -> Sampling:
+        """The sampling of the answer at `index`, of a model that has `defaults`.
+
+        Each answer has a seed of its own, the first one the request's.
+        """
+        sampling = self.sampling.over(defaults)
+        return msgspec.structs.replace(sampling, seed=(sampling.seed + index * _APART) % 2**63) if index else sampling
 
 
 def seed(wanted: int | None) -> int:

@@ -13,8 +13,10 @@ import msgspec
 from rich.console import Console
 from yarl import URL
 
+from runtime.bundle import SamplingDefaults
 from server import client_key
-from server.api.openai.answers import ChatChunk, ModelList
+from server.api.openai.answers import ChatChunk, Model, ModelList
+from server.asked import SILENT
 from server.errors import ErrorBody
 
 HELP = "/clear forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
@@ -30,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", type=_address, default=URL("http://127.0.0.1:8000"), help="the server (default: %(default)s)")
     parser.add_argument("--model", help="model to ask for (default: the server's first)")
     parser.add_argument("--system", help="system prompt")
-    parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token (default: the server's)")
+    parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token (default: the model's)")
     parser.add_argument("--max-tokens", type=int, help="most tokens of one answer (default: what the context has room for)")
     parser.add_argument("--seed", type=int, help="the same seed and conversation give the same answer (default: random)")
 
@@ -40,15 +42,16 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     errors = Console(highlight=False, soft_wrap=True, stderr=True)
     try:
-        model = args.model or asyncio.run(_first_model(args.url))
+        model = asyncio.run(_model(args.url, args.model))
     except ChatError as error:
         errors.print(f"engineshed chat: {error}", markup=False)
         return 1
     with suppress(ImportError):
         import readline  # noqa: F401  gives input() its line editing and history
     wishes = {"temperature": args.temperature, "max_tokens": args.max_tokens, "seed": args.seed}
-    conversation = Conversation(args.url, model, args.system, {name: wish for name, wish in wishes.items() if wish is not None})
-    console.print(f"[bold]{model}[/bold] at {args.url}. {HELP}.")
+    given = {name: wish for name, wish in wishes.items() if wish is not None}
+    conversation = Conversation(args.url, model.id, args.system, given)
+    console.print(f"[bold]{model.id}[/bold] at {args.url}{_drawing(model, args.temperature)}. {HELP}.")
     while (line := _read(console)) is not None:
         match line.strip():
             case "":
@@ -128,7 +131,20 @@ def _answer(console: Console, conversation: Conversation, text: str) -> None:
     console.print(f"\n{conversation.tokens} tokens in {seconds:.1f} s", style="dim")
 
 
-async def _first_model(url: URL) -> str:
+def _drawing(model: Model, temperature: float | None) -> str:
+    """How the model's tokens are drawn, as far as it is not the plainest way; `temperature` is the person's own."""
+    if model.sampling is None:
+        return ""
+    used = SamplingDefaults(temperature=temperature).over(model.sampling)
+    if used.temperature == 0:
+        return ", always the likeliest token"
+    told = [("temperature", used.temperature)]
+    told += [(name, value) for name, value in msgspec.structs.asdict(used).items() if value != getattr(SILENT, name)]
+    return f", {', '.join(f'{name} {value:g}' for name, value in dict(told).items())}"
+
+
+async def _model(url: URL, wanted: str | None) -> Model:
+    """The model called `wanted`, or the first that answers, as the server describes it. Raises ChatError."""
     try:
         async with aiohttp.ClientSession(headers=client_key.headers()) as session, session.get(url / "v1/models") as response:
             body = await response.read()
@@ -137,7 +153,14 @@ async def _first_model(url: URL) -> str:
             if response.status != 200:
                 raise ChatError(f"{url} answered with status {response.status}; is it an engineshed server?")
             models = msgspec.json.decode(body, type=ModelList).data
-            return next((model.id for model in models if model.task == "text-generation"), models[0].id)
+            if not models:
+                raise ChatError(f"{url} has no model; export one, see: engineshed export --help")
+            if wanted is None:
+                return next((model for model in models if model.task == "text-generation"), models[0])
+            named = [model for model in models if model.id == wanted]
+            if not named:
+                raise ChatError(f"{url} has no model {wanted!r}; it has {', '.join(model.id for model in models)}")
+            return named[0]
     except msgspec.DecodeError:
         raise ChatError(f"{url} does not list its models; is it an engineshed server?") from None
     except aiohttp.ClientError:

@@ -47,8 +47,12 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
     """Whether one answer may call several tools."""
     continue_final_message: bool = False
     add_generation_prompt: bool = True
+    template: str | None = None
+    """The name of one of the model's chat templates; None takes the one that is meant for such a chat."""
     template_options: dict[str, Any] = {}
     """Further variables of the template."""
+    documents: tuple[dict[str, Any], ...] = ()
+    """What the answer may draw on, for templates that know of documents."""
     prediction: str = ""
     fields: Fields = Fields()
 
@@ -87,11 +91,14 @@ def _prompt(served: Served, chat: Chat) -> list[int]:
         raise bad_request("There is no message to continue.", of)
     if chat.continue_final_message and chat.messages[-1].get("tool_calls"):
         raise bad_request("The last message calls tools; there is nothing in it to continue.", of)
+    template = _template(served, chat)
     try:
-        messages, described = prepare(chat.messages, chat.callable, served.tools, served.text.shape)
+        messages, described = prepare(chat.messages, chat.callable, served.tools, served.text.shape(template))
         return served.text.chat(
             messages,
             tools=described,
+            documents=chat.documents or None,
+            template=template,
             add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
             continue_final_message=chat.continue_final_message,
             options=chat.template_options,
@@ -102,10 +109,22 @@ def _prompt(served: Served, chat: Chat) -> list[int]:
         raise bad_request(str(error), of) from None
 
 
+def _template(served: Served, chat: Chat) -> str:
+    """The name of the template that lays the chat out; tools that it is not given itself call for no other one."""
+    try:
+        return served.text.choose(chat.template, tools=bool(chat.callable) and served.tools.native)
+    except TextError as error:
+        raise bad_request(f"{error}.", chat.fields.messages if chat.template is None else "chat_template") from None
+
+
 async def _aside(chat: Chat, work: Callable[[], T]) -> T:
     """What `work` gives, which takes time in proportion to the chat: in a thread where streams would have to wait for it."""
     tools = [(tool.description, tool.parameters) for tool in chat.tools]
-    return await asyncio.to_thread(work) if _characters((chat.messages, tools, chat.template_options)) > LONG_TEXT else work()
+    return (
+        await asyncio.to_thread(work)
+        if _characters((chat.messages, tools, chat.template_options, chat.documents)) > LONG_TEXT
+        else work()
+    )
 
 
 def _characters(value: object) -> int:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from runtime.bundle import Task
+from runtime.bundle import SamplingDefaults, Task
 from runtime.messages import Heartbeat
 
 ModelState = Literal["cold", "waiting", "loading", "ready", "quarantined", "refused"]
@@ -45,6 +45,8 @@ class Deployment(msgspec.Struct, frozen=True):
     draining: bool
     """It takes no new requests and ends when the last one has."""
     workers: tuple[Worker, ...]
+    sampling: SamplingDefaults = SamplingDefaults()
+    """How tokens are drawn where a request does not say."""
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -62,6 +64,8 @@ class Offer(msgspec.Struct, frozen=True):
     """Why it is quarantined, refused or waiting."""
     task: Task = "text-generation"
     """What it is for."""
+    sampling: SamplingDefaults = SamplingDefaults()
+    """How tokens are drawn where a request does not say."""
 
 
 class Fleet(msgspec.Struct, frozen=True, tag=True):
@@ -142,7 +146,14 @@ class Status(msgspec.Struct, frozen=True, tag=True):
     """Of the HTTP processes' own counters, summed over all that are and were."""
 
 
-Down = Fleet | Outcome | Status
+class CountsRequest(msgspec.Struct, frozen=True, tag=True):
+    """`Counts` are wanted at once."""
+
+    id: int
+    """At least 1; the answer has it in `Counts.id`."""
+
+
+Down = Fleet | Outcome | Status | CountsRequest
 
 # HTTP process -> supervisor ----------------------------------------------------------------------------------------
 
@@ -179,6 +190,8 @@ class Counts(msgspec.Struct, frozen=True, tag=True):
     """An HTTP process's own counters, as they stand now; the first ones also say that it listens."""
 
     samples: tuple[Sample, ...]
+    id: int = 0
+    """Of the `CountsRequest` that they answer; 0 where nobody asked."""
 
 
 class Ask(msgspec.Struct, frozen=True, tag=True):

@@ -2,11 +2,15 @@
 
 import argparse
 from pathlib import Path
+from typing import get_args
+
+import msgspec
 
 from runtime import devices, logs
+from runtime.bundle import SamplingDefaults
 from runtime.devices import CPU_SLOTS, Device, DeviceError
 from server import settings
-from server.supervision.launch import CONTEXT, CPU_SHARE, bytes_of
+from server.supervision.launch import CONTEXT, CPU_SHARE, GenerationConfig, bytes_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +74,19 @@ def _describe_engines(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--gpu-memory", metavar="SHARE", type=_share, help="most of a GPU's memory that engines take, up to 1 (default: 0.9)"
+    )
+    group.add_argument(
+        "--generation-config",
+        choices=get_args(GenerationConfig),
+        default="auto",
+        help="how tokens are drawn where a request does not say: as a model's authors recommend, or none of that but OpenAI's "
+        "defaults, temperature 1 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--override-generation-config",
+        metavar="JSON",
+        type=_sampling,
+        help='what of that is to be otherwise, as {"temperature": 0.3, "top_p": 0.9}; also top_k, min_p, repetition_penalty',
     )
     group.add_argument("--build-on-load", action="store_true", help="build a TensorRT engine for this GPU where there is none")
     group.add_argument(
@@ -151,6 +168,15 @@ def _describe_doors(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--tls-cert", metavar="FILE", type=Path, help="PEM certificate with its chain; HTTPS instead of HTTP")
     group.add_argument("--tls-key", metavar="FILE", type=Path, help="its PEM key")
+
+
+def _sampling(text: str) -> SamplingDefaults:
+    try:
+        return msgspec.json.decode(text, type=SamplingDefaults)
+    except msgspec.ValidationError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} does not say how tokens are drawn: {error}") from None
+    except msgspec.DecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from None
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -163,7 +163,7 @@ class Roster:
             variant = bundle.variant(state.workers[0].variant)
             attachments = list(deployed.attachments.values())
             kind = Embedder if bundle.task == "feature-extraction" else Served
-            deployed.served = kind(state.model, bundle, variant, text, attachments, self._metrics)
+            deployed.served = kind(state.model, bundle, variant, text, attachments, self._metrics, sampling=state.sampling)
         self._wake()
 
     def _forget(self, deployed: _Deployed) -> None:
@@ -192,7 +192,15 @@ class Roster:
     def adopt(self, id_: str, served: Served) -> None:
         """Go by a model whose engines somebody else keeps, as a bench does."""
         bundle = served.bundle
-        model = Offer(served.name, "ready", bundle.created, bundle.max_length, preloaded=True, task=bundle.task)
+        model = Offer(
+            served.name,
+            "ready",
+            bundle.created,
+            bundle.max_length,
+            preloaded=True,
+            task=bundle.task,
+            sampling=served.sampling,
+        )
         self._models[served.name] = model
         deployed = self._deployed[id_] = _Deployed(fleet.Deployment(id_, served.name, "", "", False, ()))
         deployed.served = served

@@ -112,6 +112,8 @@ def common(args: argparse.Namespace) -> Common:
         context=args.context,
         draft=args.draft,
         draft_variant=args.draft_variant,
+        generation_config=args.generation_config,
+        sampling=args.override_generation_config,
     )
     worker: dict[str, str | float | bool | None] = {
         "queue": args.queue,

@@ -9,7 +9,7 @@ from functools import partial
 import msgspec
 from aiohttp import web
 
-from runtime.bundle import Bundle, Variant
+from runtime.bundle import Bundle, SamplingDefaults, Variant
 from runtime.messages import Generate, Ready
 from runtime.text import Text, TextError
 from server import constraints
@@ -21,6 +21,7 @@ from server.choices import Choices
 from server.doors import Limits
 from server.engine_client import EngineClient, EngineUnavailableError
 from server.errors import bad_request, unavailable
+from server.fingerprint import fingerprint
 from server.generation import Generation
 from server.journal import ENTRY
 from server.metrics import Metrics
@@ -35,9 +36,19 @@ class Served:
     """One build of a model behind one engine, which may run on several devices."""
 
     def __init__(
-        self, name: str, bundle: Bundle, variant: Variant, text: Text, replicas: Sequence[Replica], metrics: Metrics
+        self,
+        name: str,
+        bundle: Bundle,
+        variant: Variant,
+        text: Text,
+        replicas: Sequence[Replica],
+        metrics: Metrics,
+        *,
+        sampling: SamplingDefaults | None = None,
     ) -> None:
+        """`sampling` is how tokens are drawn where a request does not say; None takes what the model's authors recommend."""
         self.name = name
+        self.sampling = bundle.sampling if sampling is None else sampling
         self.bundle = bundle
         self.text = text
         self.over = False
@@ -49,6 +60,8 @@ class Served:
         self._replicas = replicas
         self._metrics = metrics
         self._prompts = Prompts()
+        self._fingerprints: dict[tuple[str, str], str] = {}
+        """By variant and kernels, of which engines on several devices may have several."""
         self._ready: Ready | None = None
         """What the engine that took the last request said of itself."""
 
@@ -59,9 +72,13 @@ class Served:
 
     @property
     def fingerprint(self) -> str:
-        """OpenAI's system_fingerprint: changes with the engine's model file."""
-        model = next(file for file in self._variant.files if file.path == self._variant.model)
-        return f"fp_{model.sha256[:10]}"
+        """OpenAI's system_fingerprint of the engine that took the last request; see `server.fingerprint`."""
+        ready = self._ready
+        variant = self._variant if ready is None else self.bundle.by_name.get(ready.variant, self._variant)
+        key = (variant.name, "" if ready is None else ready.kernels)
+        if key not in self._fingerprints:
+            self._fingerprints[key] = fingerprint(self.bundle, variant, key[1], self.sampling)
+        return self._fingerprints[key]
 
     @property
     def context(self) -> int:
@@ -169,7 +186,7 @@ class Served:
             id="",
             prompt=prompt,
             max_tokens=max(room, 1),
-            sampling=asked.nth(nth),
+            sampling=asked.nth(nth, self.sampling),
             stop_ids=[*asked.stop_ids, *(() if asked.ignore_eos else self.bundle.stop_ids)],
             min_tokens=asked.min_tokens,
             top_logprobs=asked.top_logprobs,

@@ -63,6 +63,8 @@ def _option(key: str, value: Any) -> list[str]:
             return [name]
         case False:
             return []
+        case dict():
+            return [f"{name}={msgspec.json.encode(value).decode()}"]
         case list():
             return [f"{name}={','.join(map(str, value))}"]
         case _:

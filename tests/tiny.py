@@ -43,19 +43,19 @@ class Silent:
     notes: dict[str, str] = field(default_factory=dict)
     begun: list[str] = field(default_factory=list)
     shares: dict[str, list[float]] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
     def begin(self, stage: str) -> None:
         self.begun.append(stage)
-
-    def report(self, line: str) -> None:
-        self.lines.append(line)
 
     def advance(self, stage: str, share: float) -> None:
         self.shares.setdefault(stage, []).append(share)
 
     def end(self, stage: str, seconds: float, note: str) -> None:
         self.notes[stage] = note
+
+    def notice(self, sentence: str) -> None:
+        self.notices.append(sentence)
 
 
 def tokenizer() -> Tokenizer:

@@ -26,7 +26,7 @@ def write(recipe_file: Path, cache: Path, folder: Path) -> None:
         del model.hf_quantizer
         del model.config.quantization_config
     model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=text.tokenizer, chat_template=text.template).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=text.tokenizer, chat_template=dict(text.templates)).save_pretrained(folder)
     if checkpoint.gguf_file is not None:
         shutil.copyfile(checkpoint.path, folder / "model.gguf")
     (folder / "source.json").write_text(json.dumps({"sha256": checkpoint.source.sha256}))

@@ -10,9 +10,9 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta
 
-from runtime.messages import Constraint, Sampling
+from runtime.messages import Constraint
 from server import constraints
-from server.asked import Asked, seed
+from server.asked import Asked, SamplingParams, seed
 from server.errors import bad_request
 
 MAX_BODY = 4 * 2**20
@@ -53,7 +53,7 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     """vLLM's: until the answer has so many tokens, it does not end by itself."""
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    """Absent is 1."""
+    """Absent is the model's own, as `/v1/models` shows it; so are top_p, top_k, min_p and repetition_penalty."""
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     """0 and -1 keep all tokens."""
@@ -107,6 +107,21 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    @property
+    def sampling(self) -> SamplingParams:
+        """How tokens are drawn; a seed that is not given is another each time."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=None if self.top_k is None else max(self.top_k, 0),
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=seed(self.seed),
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items() if bias},
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+        )
+
     def wishes(self) -> list[tuple[str, Make]]:
         """What the answer is to keep to: in which field, and what makes a constraint of it."""
         flat = (self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
@@ -124,24 +139,14 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
     def asked(self, **others: Any) -> Asked:
-        """How the answers are to be made, with OpenAI's defaults; `others` are further fields of `Asked`.
+        """How the answers are to be made; `others` are further fields of `Asked`.
 
         Raises ApiError 400 where what they are to keep to is none.
         """
         limit, most = self.limit
         form, make = next(iter(self.wishes()), ("", None))
         return Asked(
-            sampling=Sampling(
-                temperature=1.0 if self.temperature is None else self.temperature,
-                top_k=max(self.top_k or 0, 0),
-                top_p=1.0 if self.top_p is None else self.top_p,
-                min_p=self.min_p or 0.0,
-                seed=seed(self.seed),
-                logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items() if bias},
-                frequency_penalty=self.frequency_penalty or 0.0,
-                presence_penalty=self.presence_penalty or 0.0,
-                repetition_penalty=self.repetition_penalty or 1.0,
-            ),
+            sampling=self.sampling,
             max_tokens=most,
             limit=limit,
             min_tokens=self.min_tokens or 0,

@@ -24,6 +24,13 @@ MAX_TOKENS = 2**17
 """Tokens of one text."""
 
 
+_OF_CHATS = (
+    *("add_generation_prompt", "continue_final_message", "tools"),
+    *("chat_template", "chat_template_kwargs", "documents"),
+)
+"""Fields that a prompt cannot have."""
+
+
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
     """`POST /tokenize`: a prompt, or the messages of a chat."""
 
@@ -38,8 +45,12 @@ class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None
     """Whether the assistant's turn is begun; absent is yes, unless the last message is continued."""
     continue_final_message: bool | None = None
+    chat_template: str | None = None
+    """The name of one of the model's chat templates."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Further variables of the chat template."""
+    documents: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TURNS)] | None = None
+    """For chat templates that know of documents."""
     tools: Annotated[list[FunctionTool], Meta(max_length=MAX_TOOLS)] | None = None
 
     def __post_init__(self) -> None:
@@ -47,7 +58,7 @@ class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
         if (self.prompt is None) == (self.messages is None):
             raise Refused("prompt", "is required, or else messages; not both")
         if self.messages is None:
-            for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"):
+            for name in _OF_CHATS:
                 if getattr(self, name):
                     raise Refused(name, "is only allowed together with messages")
         elif self.add_special_tokens:
@@ -118,7 +129,9 @@ def _chat(body: TokenizeBody) -> Chat:
         tools=tuple(tool.function for tool in body.tools or ()),
         continue_final_message=bool(body.continue_final_message),
         add_generation_prompt=body.add_generation_prompt is not False,
+        template=body.chat_template,
         template_options=body.chat_template_kwargs or {},
+        documents=tuple(body.documents or ()),
     )
 
 

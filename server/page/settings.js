@@ -2,9 +2,10 @@
 
 import { ALTERNATIVES } from "./answer.js";
 import { byId, element } from "./dom.js";
+import { models } from "./models.js";
 
 const STORED = "engineshed.settings";
-const INITIAL = { temperature: "0.7", max_tokens: "512", logprobs: true };
+const INITIAL = { max_tokens: "512", logprobs: true };
 
 const FIELDS = [
   { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, unset: 1, slider: true, hint: "0 takes the likeliest token" },
@@ -28,6 +29,7 @@ export class Settings {
   constructor() {
     byId("sampling").replaceChildren(...FIELDS.map((field) => this.#row(field)));
     this.#fill(this.#read());
+    models.addEventListener("change", () => this.#showDefaults(models.current?.sampling));
     byId("settings-form").addEventListener("input", () => this.#keep());
     byId("settings-form").addEventListener("submit", (event) => event.preventDefault());
     byId("settings-reset").addEventListener("click", () => {
@@ -75,14 +77,15 @@ export class Settings {
   #row({ name, label, min, max, step, unset, placeholder, slider, hint }) {
     const id = `field-${name}`;
     const input = element("input", { id, type: "number", inputMode: "decimal", min, max, step: "any", placeholder: placeholder ?? String(unset) });
+    input.unset = unset;
     input.setAttribute("aria-describedby", `${id}-hint ${id}-fault`);
     this.#inputs.set(name, input);
     let range = null;
     if (slider) {
       range = element("input", { type: "range", min, max, step, "aria-label": `${label}, as a slider` });
       range.addEventListener("input", () => (input.value = range.value));
-      input.addEventListener("input", () => (range.value = input.value === "" ? unset : input.value));
-      input.showOnSlider = () => (range.value = input.value === "" ? unset : input.value);
+      input.showOnSlider = () => (range.value = input.value === "" ? input.unset : input.value);
+      input.addEventListener("input", input.showOnSlider);
     } else {
       input.step = step;
     }
@@ -95,6 +98,17 @@ export class Settings {
       element("small", { id: `${id}-hint`, class: "hint" }, hint),
       element("small", { id: `${id}-fault`, class: "fault" }),
     );
+  }
+
+  /** Show what holds where a field is empty: `sampling` is the model's own, as /v1/models has it. */
+  #showDefaults(sampling) {
+    for (const { name, unset, placeholder } of FIELDS) {
+      const input = this.#inputs.get(name);
+      const own = sampling?.[name];
+      input.unset = own ?? unset;
+      input.placeholder = name === "top_k" && own === 0 ? placeholder : String(own ?? placeholder ?? unset);
+      input.showOnSlider?.();
+    }
   }
 
   #fill(values) {

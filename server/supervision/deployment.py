@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from runtime.bundle import SamplingDefaults
 from server import fleet
 from server.supervision.catalog import Entry
 from server.supervision.launch import Launch
@@ -16,6 +17,7 @@ from server.supervision.workers import Worker
 
 log = logging.getLogger(__name__)
 
+_NOTHING = SamplingDefaults()
 _ids = itertools.count(1)
 
 
@@ -29,6 +31,8 @@ class Deployment:
     """Seconds after which a worker from which nothing comes is taken for dead."""
     changed: Callable[[], None]
     """Called whenever something is another than before."""
+    sampling: SamplingDefaults = _NOTHING
+    """How tokens are drawn where a request does not say."""
     id: str = field(default_factory=lambda: f"d{next(_ids)}")
     used: float = field(default_factory=time.monotonic)
     """When it was asked for last, in seconds of CLOCK_MONOTONIC."""
@@ -97,7 +101,8 @@ class Deployment:
             fleet.Worker(worker.device, launch.variant, worker.state, worker.address)
             for worker, launch in zip(self.workers, self.launches, strict=True)
         )
-        return fleet.Deployment(self.id, self.name, str(self.entry.folder), self.entry.build, self.draining, workers)
+        folder, build = str(self.entry.folder), self.entry.build
+        return fleet.Deployment(self.id, self.name, folder, build, self.draining, workers, self.sampling)
 
     def __str__(self) -> str:
         """The first of its engines that is ready, for a log."""

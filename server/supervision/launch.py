@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from runtime import devices
-from runtime.bundle import MANIFEST, BundleError, Variant
+from runtime.bundle import MANIFEST, BundleError, SamplingDefaults, Variant
 from runtime.devices import CPU_SLOTS, LOGIT_ROWS, WORKSPACE, DeviceError
 from runtime.footprint import encoder_footprint, footprint
 from server.supervision.catalog import Catalog, Entry
@@ -20,6 +20,8 @@ CONTEXT = 4096
 """Tokens a slot holds unless the model has fewer or somebody says otherwise: memory grows with it."""
 
 Positive = Annotated[int, Meta(ge=1)]
+GenerationConfig = Literal["auto", "none"]
+"""auto: what a model's authors recommend, as its bundle has it. none: OpenAI's defaults. vLLM's names."""
 
 
 class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,6 +39,10 @@ class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     draft_variant: str | None = None
     pinned: bool = False
     """It never makes room for another."""
+    generation_config: GenerationConfig | None = None
+    """Whether its authors' sampling holds where a request does not say."""
+    sampling: SamplingDefaults | None = None
+    """How tokens are drawn then; what is left out is as its authors recommend."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,15 @@ class Common:
         """The options of a model, the common ones in place of what it leaves out."""
         own = self.models.get(model, ModelOptions())
         common = {name: getattr(self.options, name) for name in self.options.__struct_fields__ if getattr(own, name) is None}
+        if own.sampling is not None and self.options.sampling is not None:
+            common["sampling"] = own.sampling.over(self.options.sampling)
         return msgspec.structs.replace(own, **common)
+
+
+def sampling_of(entry: Entry, options: ModelOptions) -> SamplingDefaults:
+    """How tokens are drawn of a model with such options where a request does not say."""
+    authors = SamplingDefaults() if options.generation_config == "none" else entry.bundle.sampling
+    return (options.sampling or SamplingDefaults()).over(authors)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from runtime.devices import DeviceError
 from server.fleet import Demand, ModelState, Offer
 from server.supervision.catalog import Catalog, Entry
 from server.supervision.deployment import Deployment
-from server.supervision.launch import Common, Launch, launches
+from server.supervision.launch import Common, Launch, launches, sampling_of
 from server.supervision.placement import DoesNotFitError, Seat, crowded, free, place
 from server.supervision.process import ServeError
 
@@ -128,7 +128,8 @@ class Models:
             return Offer(name, state, preloaded=name in self._rules.preload, reason=reason)
         longest = entry.bundle.max_length
         preloaded, task = name in self._rules.preload, entry.bundle.task
-        return Offer(name, state, entry.bundle.created, min(context or longest, longest), preloaded, reason, task)
+        sampling = sampling_of(entry, self._rules.common.of(name))
+        return Offer(name, state, entry.bundle.created, min(context or longest, longest), preloaded, reason, task, sampling)
 
     def _state(self, name: str) -> ModelState:
         mine = self.of(name)
@@ -273,5 +274,6 @@ class Models:
 
     def _start(self, entry: Entry, chosen: Sequence[Launch]) -> None:
         log.info("loading %s (%s) on %s", entry.name, chosen[0].variant, ", ".join(launch.seat.name for launch in chosen))
-        deployment = Deployment(entry, chosen, self._rules.silence, self._changed)
+        sampling = sampling_of(entry, self._rules.common.of(entry.name))
+        deployment = Deployment(entry, chosen, self._rules.silence, self._changed, sampling)
         self.deployments[deployment.id] = deployment

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 from playwright.sync_api import Page, expect
 
-from tests.e2e.conftest import MODEL, Server
+from tests.default_model import MODEL
+from tests.e2e.conftest import HANGS_SECONDS, Server
 from tests.e2e.test_server import RUNNING
 from tests.page.conftest import Visit, eventually
 
@@ -36,7 +37,7 @@ def busy(server: Server) -> Iterator[None]:
 
     def ask() -> None:
         while not over.is_set():
-            with urllib.request.urlopen(request, timeout=30) as events:
+            with urllib.request.urlopen(request, timeout=HANGS_SECONDS) as events:
                 while not over.is_set() and events.readline():
                     pass
 

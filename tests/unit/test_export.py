@@ -117,7 +117,7 @@ def test_given_a_model_when_exported_then_the_manifest_says_what_it_is(tiny_bund
     manifest = bundle.read(tiny_bundle)
     assert (manifest.format, manifest.name, manifest.architecture) == (bundle.FORMAT, "tiny", "llama")
     assert (manifest.vocab_size, manifest.max_length) == (tiny.VOCAB, tiny.POSITIONS)
-    assert (manifest.bos_id, manifest.stop_ids) == (0, (2,))
+    assert (manifest.special_tokens["bos_token"], manifest.stop_ids) == (tiny.SPECIAL[0], (2,))
     weights = hashlib.sha256(bundle.sha256(tiny_model / "model.safetensors").encode()).hexdigest()
     assert manifest.source == bundle.Source("folder", "tiny-llama", sha256=weights)
     assert 0 <= time.time() - manifest.created < 3600
@@ -150,7 +150,8 @@ def test_given_a_model_when_exported_then_the_folder_holds_what_the_manifest_nam
 def test_given_a_model_when_exported_then_every_float_token_was_transformers_own(tiny_bundle: Path) -> None:
     proof = bundle.read(tiny_bundle).by_name["cpu-fp32"].verification
     assert proof is not None
-    assert proof.tokens == proof.equal == 6 * 24
+    assert proof.tokens == proof.equal == 7 * 24  # six texts, and one that ends with the last position
+    assert proof.longest == tiny.POSITIONS
     assert proof.reference.startswith("transformers 5")
 
 
@@ -400,8 +401,8 @@ def truncate(path: Path, size: int) -> None:
             lambda model: tensors(model, lambda weights: weights["model.norm.weight"][3:4].fill_(torch.nan)),
             "{model} is damaged: its weight model.norm.weight is not finite; fetch",
         ),
-        (lambda model: truncate(model / "tokenizer.json", 1), "{model} has no tokenizer that transformers can load: "),
-        (lambda model: (model / "chat_template.jinja").write_text("{% if"), "the chat template of {model} is no jinja2"),
+        (lambda model: truncate(model / "tokenizer.json", 1), "{model}/tokenizer.json cannot be read ("),
+        (lambda model: (model / "chat_template.jinja").write_text("{% if"), "the chat template of {model} is not valid jinja2"),
     ],
     ids=[
         "weights cut off", "weights empty", "no weights", "configuration cut off", "configuration empty", "unknown type",
@@ -592,7 +593,7 @@ def test_given_an_engine_with_other_tokens_when_proved_then_nothing_is_published
     damaged_trace(monkeypatch)
     said = refused(published.parent, tiny.recipe(tiny_model, build), verify=True, kind=UnsupportedModel)
     assert said.startswith(sentence)
-    assert "of 144" in said
+    assert "of 168" in said
     assert "--no-verify publishes it all the same" in said
     assert left(published.parent) == ["tiny"]
 

@@ -152,7 +152,7 @@ def test_stop_ids_are_what_the_file_and_the_generation_config_name(
     ("change", "complaint"),
     [
         ({"merges": ["l nothing"]}, "merges of .* do not fit its vocabulary"),
-        ({"chat_template": "{% if %}"}, "is no jinja2"),
+        ({"chat_template": "{% if %}"}, "is not valid jinja2"),
     ],
 )
 def test_a_damaged_gguf_is_refused(tmp_path: Path, change: dict[str, Any], complaint: str) -> None:
@@ -209,7 +209,7 @@ def test_a_sentencepiece_gguf_has_sentencepieces_own_tokens(tmp_path: Path) -> N
         unknown_token_id=original.unk_id(),
     )
     side = read_text(tmp_path, name)
-    assert (side.bos_id, side.stop_ids) == (original.bos_id(), (original.eos_id(),))
+    assert (side.special_tokens["bos_token"], side.stop_ids) == ("<s>", (original.eos_id(),))
     for text in ("the lazy fox", "Hello, wörld 42!", "你好 👩‍🚀", "a  b\n\nc\t", "quick"):
         expected = original.encode(text)
         assert side.tokenizer.encode(text).ids == [original.bos_id(), *expected], text
@@ -231,7 +231,9 @@ def save_folder(folder: Path, template: str | None) -> None:
 def test_a_folders_tokenizer_is_taken_as_it_is(tmp_path: Path) -> None:
     save_folder(tmp_path, "{{ messages }}")
     side = read_text(tmp_path)
-    assert (side.bos_id, side.stop_ids, side.template) == (1, (2,), "{{ messages }}")
+    assert (side.special_tokens, side.stop_ids) == ({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, (2,))
+    assert side.templates == {"default": "{{ messages }}"}
+    assert side.notes == ()
     out = tmp_path / "bundle"
     out.mkdir()
     assert write_text(side, out) == ("tokenizer.json", "chat_template.jinja")
@@ -243,13 +245,13 @@ def test_a_folders_tokenizer_is_taken_as_it_is(tmp_path: Path) -> None:
 def test_a_folder_without_a_template_gives_a_bundle_without_one(tmp_path: Path) -> None:
     save_folder(tmp_path, None)
     side = read_text(tmp_path)
-    assert side.template is None
+    assert side.templates == {}
     assert write_text(side, tmp_path) == ("tokenizer.json",)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ExportError, match="has no tokenizer that transformers can load"):
+    with pytest.raises(ExportError, match=r"has no tokenizer: tokenizer\.json, .*tokenizer\.model, .* were looked for"):
         read_text(tmp_path)
 
 

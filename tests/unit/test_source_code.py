@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import safetensors.torch
 import torch
@@ -132,12 +133,13 @@ def test_given_a_model_with_code_when_it_is_trusted_then_it_is_exported_with_it(
     tmp_path: Path, model: Path, mark: Path
 ) -> None:
     bring_code(model, mark)
-    wanted = recipe.of(str(model), "own", None, (Build("cpu", "fp32"),), trust_remote_code=True)
+    wanted = recipe.of(str(model), "own", None, (Build("cpu", "fp32"),))
+    wanted = msgspec.structs.replace(wanted, trust_remote_code=True)
     heard = tiny.Silent()
     folder = tiny.exporting(tmp_path / "engines", progress=heard).run(wanted)
     assert mark.read_text() == "run"
     assert (folder / "bundle.json").exists()
-    assert "144 of 144 greedy tokens are transformers'" in heard.notes["cpu-fp32: verify"]
+    assert "168 of 168 greedy tokens are transformers'" in heard.notes["cpu-fp32: verify"]
 
 
 def test_given_a_recipe_that_trusts_when_read_then_it_does_and_others_do_not(tmp_path: Path) -> None:

@@ -264,7 +264,9 @@ TEMPLATE_FILE = (File("chat_template.jinja", "", 0),)
 
 
 def bundle(**changes: Any) -> Bundle:
-    fields: dict[str, Any] = {"vocab_size": 500, "max_length": 64, "stop_ids": (2,), "bos_id": 1, "files": (), "variants": ()}
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    fields: dict[str, Any] = {"vocab_size": 500, "max_length": 64, "stop_ids": (2,), "special_tokens": tokens}
+    fields |= {"files": (), "variants": ()}
     return Bundle(FORMAT, "tiny", Source("folder", "tiny"), "llama", **(fields | {"created": 0} | changes))
 
 
@@ -274,7 +276,7 @@ def test_a_bundle_is_loaded_with_its_template_and_its_special_tokens(tmp_path: P
         "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
     )
     text = Text.load(tmp_path, bundle(files=TEMPLATE_FILE))
-    assert text.has_template
+    assert text.templates == ("default",)
     assert text.chat([{"role": "user", "content": "the"}]) == [1, *text.encode("the", special=False), 2]
 
 
@@ -298,13 +300,13 @@ def test_a_model_without_a_template_does_not_chat(tmp_path: Path) -> None:
     byte_level().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
     text = Text.load(tmp_path, bundle())
-    assert not text.has_template
+    assert not text.templates
     with pytest.raises(TextError, match="has no chat template"):
         text.chat([{"role": "user", "content": "the"}])
 
 
 def test_half_a_surrogate_pair_in_a_message_is_refused() -> None:
-    text = Text(byte_level(), ChatTemplate("{{ messages | tojson }}", most=1000))
+    text = Text(byte_level(), {"default": ChatTemplate("{{ messages | tojson }}", most=1000)})
     with pytest.raises(TextError, match="surrogate"):
         text.chat([{"role": "user", "content": "\ud800"}])
 

@@ -645,8 +645,8 @@ FAMILIES: dict[str, tuple[str, str, ToolFormat | None]] = {
 def test_a_chat_template_shows_how_its_model_writes_calls(family: str) -> None:
     source, model, expected = FAMILIES[family]
     tokenizer = Tokenizer(models.WordLevel({token: id for id, token in enumerate(["x", *SPECIAL[model]])}, "x"))
-    assert detect(TextSide(tokenizer, source, None, ())) == expected
-    assert detect(TextSide(tokenizer, None, None, ())) is None
+    assert detect(TextSide(tokenizer, {"default": source}, {}, ())) == expected
+    assert detect(TextSide(tokenizer, {}, {}, ())) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from runtime.messages import Constraint, Sampling
+from runtime.messages import Constraint
 from server import constraints
 from server.api.bodies import MAX_STOPS, Positive, Refused, StopString
 from server.api.openai.bodies import MAX_TOOLS, MAX_TURNS
-from server.asked import Asked, seed
+from server.asked import Asked, SamplingParams, seed
 
 MessagesToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
 
@@ -173,7 +173,7 @@ class MessagesBody(Conversation, frozen=True, kw_only=True):
     max_tokens: Positive
     stop_sequences: Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
-    """Absent is 1."""
+    """Absent is the model's own, as `/v1/models` shows it; so are top_p and top_k."""
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     """0 keeps all tokens."""
@@ -187,12 +187,7 @@ class MessagesBody(Conversation, frozen=True, kw_only=True):
         of = "output_config.format.schema"
         constraint: Constraint | None = None if self.form is None else constraints.json_schema(self.form.schema, of=of)
         return Asked(
-            sampling=Sampling(
-                temperature=1.0 if self.temperature is None else self.temperature,
-                top_k=self.top_k or 0,
-                top_p=1.0 if self.top_p is None else self.top_p,
-                seed=seed(None),
-            ),
+            sampling=SamplingParams(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=seed(None)),
             max_tokens=self.max_tokens,
             stops=tuple(self.stop_sequences or ()),
             constraint=constraint,

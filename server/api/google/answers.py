@@ -127,6 +127,11 @@ class GeminiModel(msgspec.Struct, frozen=True, rename="camel"):
     """Tokens of prompt and answer together."""
     output_token_limit: int
     supported_generation_methods: list[str]
+    temperature: float | UnsetType = UNSET
+    """Where a request does not say; so are topP and topK. Absent for embeddings."""
+    top_p: float | UnsetType = UNSET
+    top_k: int | UnsetType = UNSET
+    """0 keeps all tokens."""
 
 
 class GeminiModelList(msgspec.Struct, frozen=True, rename="camel"):

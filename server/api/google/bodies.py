@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from runtime.messages import MOST_ALTERNATIVES, Constraint, Sampling
+from runtime.messages import MOST_ALTERNATIVES, Constraint
 from server import constraints
 from server.api.bodies import MAX_STOPS, Penalty, Positive, Refused, StopString
 from server.api.google.schema import json_schema
 from server.api.openai.bodies import MAX_TOOLS, MAX_TURNS
-from server.asked import Asked, seed
+from server.asked import Asked, SamplingParams, seed
 from server.errors import bad_request
 
 MAX_CANDIDATES = 8
@@ -135,7 +135,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, rename="camel"):
     """How the answers are to be made; null means absent."""
 
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    """Absent is 1."""
+    """Absent is the model's own, as the list of models shows it; so are topP and topK."""
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     """0 keeps all tokens."""
@@ -207,10 +207,10 @@ class GenerationConfig(msgspec.Struct, frozen=True, rename="camel"):
         """How the answers are to be made. Raises ApiError 400 where what they are to keep to is none."""
         of, constraint = self.form()
         return Asked(
-            sampling=Sampling(
-                temperature=1.0 if self.temperature is None else self.temperature,
-                top_k=self.top_k or 0,
-                top_p=1.0 if self.top_p is None else self.top_p,
+            sampling=SamplingParams(
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
                 seed=seed(self.seed),
                 frequency_penalty=self.frequency_penalty or 0.0,
                 presence_penalty=self.presence_penalty or 0.0,

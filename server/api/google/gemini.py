@@ -27,7 +27,7 @@ from server.api.google.bodies import CountTokensBody, FunctionDeclaration, Gemin
 from server.api.google.schema import json_schema
 from server.api.streaming import Form, send
 from server.api.writing import SSE, decoded, encode, event, json
-from server.asked import Asked
+from server.asked import Asked, SamplingParams
 from server.choices import Choices
 from server.conversation import Chat, Fields, converse, tokenize
 from server.errors import ApiError, bad_request
@@ -82,7 +82,8 @@ async def model(request: web.Request) -> web.Response:
 
 def _model(service: Service, model: fleet.Offer) -> GeminiModel:
     served = service.roster.loaded(model.name)
-    context = model.context if served is None else served.context
+    context, sampling = (model.context, model.sampling) if served is None else (served.context, served.sampling)
+    generates, used = model.task == "text-generation", SamplingParams().over(sampling)
     return GeminiModel(
         f"models/{model.name}",
         model.name,
@@ -90,7 +91,8 @@ def _model(service: Service, model: fleet.Offer) -> GeminiModel:
         model.name,
         context,
         context,
-        list(METHODS) if model.task == "text-generation" else [],
+        list(METHODS) if generates else [],
+        *((used.temperature, used.top_p, used.top_k) if generates else ()),
     )
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from runtime.bundle import Task
+from runtime.bundle import SamplingDefaults, Task
 from runtime.text import Text
 from server.choices import Whole
 from server.fleet import ModelState
@@ -190,6 +190,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     """Why it is waiting, quarantined or refused."""
     task: Task = "text-generation"
     """What it is for: answers, or embeddings (feature-extraction)."""
+    sampling: SamplingDefaults | None = None
+    """How tokens are drawn where a request does not say; null for embeddings."""
     object: Literal["model"] = "model"
     owned_by: str = "engineshed"
 

@@ -201,8 +201,13 @@ class ChatBody(OpenAIBody, frozen=True, kw_only=True):
     """vLLM's: the answer goes on with the last message instead of following it."""
     add_generation_prompt: bool | None = None
     """vLLM's: whether the assistant's turn is begun; absent is yes, unless the last message is continued."""
+    chat_template: str | None = None
+    """vLLM's: the name of one of the model's chat templates, such as rag; absent is, where a model has several, tool_use with
+    tools and else default. A template itself is not taken from a request."""
     chat_template_kwargs: dict[str, Any] | None = None
     """vLLM's: further variables of the chat template, such as enable_thinking."""
+    documents: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TURNS)] | None = None
+    """vLLM's: what the answer may draw on, each with a title and a text, for chat templates that know of documents."""
 
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None

@@ -51,7 +51,9 @@ def chat(body: ChatBody) -> Chat:
         parallel=body.parallel_tool_calls is not False,
         continue_final_message=bool(body.continue_final_message),
         add_generation_prompt=body.add_generation_prompt is not False,
+        template=body.chat_template,
         template_options=body.chat_template_kwargs or {},
+        documents=tuple(body.documents or ()),
         prediction=body.prediction.text if body.prediction is not None else "",
     )
 

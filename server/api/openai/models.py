@@ -7,6 +7,7 @@ from server.access import of_gemini
 from server.api.google import gemini
 from server.api.openai.answers import Model, ModelList
 from server.api.writing import json
+from server.asked import SILENT
 from server.service import SERVICE, Service
 
 
@@ -28,7 +29,7 @@ async def model(request: web.Request) -> web.Response:
 
 def _model(service: Service, model: fleet.Offer) -> Model:
     served = service.roster.loaded(model.name)
-    context = model.context if served is None else served.context
+    context, sampling = (model.context, model.sampling) if served is None else (served.context, served.sampling)
     return Model(
         id=model.name,
         created=model.created,
@@ -36,4 +37,5 @@ def _model(service: Service, model: fleet.Offer) -> Model:
         state=model.state,
         reason=model.reason or None,
         task=model.task,
+        sampling=sampling.over(SILENT) if model.task == "text-generation" else None,
     )

@@ -145,6 +145,7 @@ class ResponseStream:
         """Those that have ended."""
         self._open: _Message | _Call | None = None
         self._finish: FinishReason | None = None
+        used = body.sampling.over(served.sampling)
         self._response = ResponseObject(
             id=f"resp_{secrets.token_hex(24)}",
             created_at=int(time.time()),
@@ -154,12 +155,12 @@ class ResponseStream:
             model=served.name,
             parallel_tool_calls=body.parallel_tool_calls is not False,
             reasoning=body.reasoning or {"effort": None, "summary": None},
-            temperature=1.0 if body.temperature is None else body.temperature,
+            temperature=used.temperature,
             text=body.text if body.text is not None and body.text.format is not None else TextConfig(AnyText()),
             tool_choice=body.tool_choice or "auto",
             tools=body.tools or [],
             top_logprobs=body.top_logprobs or 0,
-            top_p=1.0 if body.top_p is None else body.top_p,
+            top_p=used.top_p,
             user=body.user,
         )
 

@@ -58,7 +58,7 @@ def manifest_of(export: Export) -> tuple[Bundle, Variant]:
     files = tuple(bundle.describe(export.folder, path) for path in paths)
     variant = msgspec.structs.replace(variant, files=files)
     source = Source("folder", "tiny")
-    manifest = Bundle(bundle.FORMAT, "tiny", source, "llama", tiny.VOCAB, tiny.POSITIONS, (2,), 0, (), (variant,), 0)
+    manifest = Bundle(bundle.FORMAT, "tiny", source, "llama", tiny.VOCAB, tiny.POSITIONS, (2,), {}, (), (variant,), 0)
     return manifest, variant
 
 

@@ -19,7 +19,7 @@ def bundle() -> Bundle:
     engine = File("cpu-int4/model.onnx", "0123456789abcdef", 1)
     variant = Variant("cpu-int4", "cpu", "int4", "float32", engine.path, (engine,), (), "test")
     texts = (File(TOKENIZER, "0123", 1), File(TEMPLATE, "4567", 1))
-    return Bundle(FORMAT, "tiny", Source("folder", "tiny"), "llama", 256, 64, (255,), None, texts, (variant,), 1_700_000_000)
+    return Bundle(FORMAT, "tiny", Source("folder", "tiny"), "llama", 256, 64, (255,), {}, texts, (variant,), 1_700_000_000)
 
 
 @pytest.fixture

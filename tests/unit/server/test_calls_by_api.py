@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from runtime.bundle import Bundle
-from runtime.messages import Generate, Sampling
+from runtime.messages import Generate
 from server.api.anthropic import messages
 from server.api.anthropic.bodies import MessagesBody, MessagesTurn, TextBlock
 from server.api.google import gemini
@@ -366,7 +366,7 @@ async def test_more_turns_than_any_context_holds_are_refused(house: House, path:
 def turns_of_messages(count: int) -> Callable[[], Chat]:
     turn = MessagesTurn("assistant", [TextBlock("a")])
     body = msgspec.convert(MESSAGES, MessagesBody)
-    return partial(messages.chat, msgspec.structs.replace(body, messages=[turn] * count), Asked(sampling=Sampling()))
+    return partial(messages.chat, msgspec.structs.replace(body, messages=[turn] * count), Asked())
 
 
 def turns_of_gemini(count: int) -> Callable[[], Chat]:
@@ -374,7 +374,7 @@ def turns_of_gemini(count: int) -> Callable[[], Chat]:
     calls = [GeminiPart(function_call=FunctionCall("weather", id=str(index))) for index in range(count)]
     results = [GeminiPart(function_response=FunctionResponse("weather", {}, str(index))) for index in reversed(range(count))]
     body = GenerateContentBody(contents=[GeminiContent(calls, "model"), GeminiContent(results, "user")])
-    return partial(gemini.chat, body, Asked(sampling=Sampling()))
+    return partial(gemini.chat, body, Asked())
 
 
 @pytest.mark.parametrize("turns", [turns_of_messages, turns_of_gemini])

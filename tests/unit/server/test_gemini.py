@@ -12,13 +12,13 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from runtime.messages import Generate, Progress, Row, Sampling
+from runtime.messages import Generate, Progress, Row
 from server import app, keys
 from server.access import Access
 from server.api.google.bodies import GenerateContentBody, normal
 from server.api.google.gemini import Array, _Writer, chat
 from server.api.google.schema import json_schema
-from server.asked import Asked
+from server.asked import Asked, SamplingParams
 from server.errors import ApiError
 from server.generation import Piece, PromptDetails, Usage
 from server.keys import Keys
@@ -30,7 +30,7 @@ MODEL = "/v1beta/models/tiny"
 HI: dict[str, Any] = {"contents": [{"role": "user", "parts": [{"text": "hi"}]}]}
 WEATHER = {"name": "weather", "parameters": {"type": "OBJECT", "properties": {"city": {"type": "STRING"}}}}
 TOOLS = {"tools": [{"functionDeclarations": [WEATHER, {"name": "clock"}]}]}
-ASKED = Asked(sampling=Sampling())
+ASKED = Asked()
 
 
 def body(**fields: Any) -> GenerateContentBody:
@@ -160,7 +160,9 @@ def test_a_tool_config_says_which_functions_may_and_must_be_called(calling: Any,
 def test_how_it_is_made_has_googles_names() -> None:
     config = {"temperature": 0.5, "topP": 0.9, "topK": 7, "candidateCount": 2, "maxOutputTokens": 5, "stopSequences": ["a"]}
     asked = body(generationConfig={**config, "seed": 3, "presencePenalty": 0.1, "frequencyPenalty": 0.2}).config.asked()
-    assert asked.sampling == Sampling(0.5, 7, 0.9, seed=3, presence_penalty=0.1, frequency_penalty=0.2)
+    assert asked.sampling == SamplingParams(
+        temperature=0.5, top_k=7, top_p=0.9, seed=3, presence_penalty=0.1, frequency_penalty=0.2
+    )
     assert (asked.count, asked.max_tokens, asked.limit) == (2, 5, "generationConfig.maxOutputTokens")
     assert asked.stops == ("a",)
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from runtime.messages import Cancel, Generate, Sampling
+from runtime.messages import Cancel, Generate
 from server.api.anthropic.bodies import MessagesBody
 from server.api.anthropic.messages import MessageStream, chat
 from server.api.bodies import MAX_BODY
@@ -21,7 +21,7 @@ from tests.unit.server.house import House
 PATH = "/v1/messages"
 HI: dict[str, Any] = {"model": "tiny", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
 WEATHER = {"name": "weather", "description": "Looks.", "input_schema": {"type": "object", "properties": {}}}
-ASKED = Asked(sampling=Sampling())
+ASKED = Asked()
 
 
 def body(**fields: Any) -> MessagesBody:

@@ -75,6 +75,7 @@ async def test_models_are_listed_and_described(house: House) -> None:
         "object": "model",
         "owned_by": "engineshed",
         "task": "text-generation",
+        "sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0},
     }
     async with house.http.get("/v1/models") as response:
         assert await response.json() == {"object": "list", "data": [expected]}

@@ -9,6 +9,7 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from runtime.bundle import SamplingDefaults
 from runtime.messages import Generate, Progress, Row
 from server.api.openai.responses import ResponseStream, chat
 from server.api.openai.responses_bodies import ResponsesBody
@@ -57,7 +58,8 @@ def check(name: str, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def stream_of(house: House, **fields: Any) -> ResponseStream:
-    return ResponseStream(cast(Served, SimpleNamespace(text=house.text, name="tiny")), body(**fields))
+    served = SimpleNamespace(text=house.text, name="tiny", sampling=SamplingDefaults())
+    return ResponseStream(cast(Served, served), body(**fields))
 
 
 # What is asked for -------------------------------------------------------------------------------------------------

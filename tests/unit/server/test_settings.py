@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.bundle import SamplingDefaults
 from server import serve
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "serve.toml"
@@ -45,6 +46,8 @@ def test_every_key_of_the_documented_file_is_taken_also_those_that_are_commented
     assert told.build_on_load is True
     (model,) = told.models.values()
     assert (model.replicas, model.slots, model.pinned) == (1, 16, True)
+    assert (model.generation_config, model.sampling) == ("none", SamplingDefaults(temperature=0.3, top_p=0.9))
+    assert (told.generation_config, told.override_generation_config) == ("none", SamplingDefaults(temperature=0.3))
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,9 @@ def test_every_key_of_the_documented_file_is_taken_also_those_that_are_commented
     [
         ("[models.a]\nslotz = 3", "unknown field `slotz` - at `$[...]`"),
         ("[models.a]\nslots = 0", "`$[...].slots`"),
+        ("[models.a]\nsampling = { temperature = 3 }", "Expected `float` <= 2.0 - at `$[...].sampling.temperature`"),
+        ("[models.a]\nsampling = { heat = 1 }", "unknown field `heat` - at `$[...].sampling`"),
+        ("[models.a]\ngeneration_config = 'vllm'", "Invalid enum value 'vllm' - at `$[...].generation_config`"),
         ("models = 3", "models: Expected `object`"),
     ],
 )
@@ -91,6 +97,9 @@ def test_what_stands_after_it_has_the_last_word(config: Path) -> None:
         ("slots = 0", "argument --slots: 0 is less than 1"),
         ("slots = 'many'", "argument --slots: 'many' is no whole number"),
         ("device = ['gpu']", "argument --device: 'gpu' is no device"),
+        ("generation_config = 'all'", "argument --generation-config: invalid choice: 'all' (choose from 'auto', 'none')"),
+        ("override_generation_config = { top_p = 0 }", "argument --override-generation-config: "),
+        ("override_generation_config = 'hot'", "'hot' is not valid JSON: "),
         ("config = 'other.toml'", "has a key 'config' that is no option"),
         ("port = ", "is no TOML"),
         ("'--host' = 'x'", "that is no option"),

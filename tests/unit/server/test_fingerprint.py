@@ -1,0 +1,101 @@
+"""system_fingerprint: it changes with all that decides a token, and with nothing else."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from runtime import kernels
+from runtime.bundle import Bundle, File, SamplingDefaults, Variant
+from runtime.devices import Device
+from runtime.messages import Generate
+from server.fingerprint import fingerprint
+from tests.unit.server.house import House
+
+KERNELS = "onnxruntime 1.32.0 on x86_64 avx2"
+WEIGHTS, OTHER = File("cpu-int4/weights.bin", "aaaa", 5), File("cpu-int4/weights.bin", "bbbb", 5)
+
+
+@pytest.fixture
+def bundle(bundle: Bundle) -> Bundle:
+    """The model, with weights of its own beside the graph."""
+    return with_files(bundle, (*bundle.variants[0].files, WEIGHTS))
+
+
+def with_files(bundle: Bundle, files: tuple[File, ...], **changes: Any) -> Bundle:
+    variant = msgspec.structs.replace(bundle.variants[0], files=files, **changes)
+    return msgspec.structs.replace(bundle, variants=(variant,))
+
+
+def of(bundle: Bundle, computing: str = KERNELS, sampling: SamplingDefaults | None = None) -> str:
+    return fingerprint(bundle, bundle.variants[0], computing, bundle.sampling if sampling is None else sampling)
+
+
+def texts(bundle: Bundle, path: str) -> Bundle:
+    files = tuple(msgspec.structs.replace(file, sha256="ffff") if file.path == path else file for file in bundle.files)
+    assert files != bundle.files
+    return msgspec.structs.replace(bundle, files=files)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda bundle: with_files(bundle, (bundle.variants[0].files[0], OTHER)),
+        lambda bundle: with_files(bundle, (File("cpu-int4/model.onnx", "cccc", 1), WEIGHTS)),
+        lambda bundle: with_files(bundle, bundle.variants[0].files, name="cpu-int8"),
+        lambda bundle: texts(bundle, "tokenizer.json"),
+        lambda bundle: texts(bundle, "chat_template.jinja"),
+        lambda bundle: msgspec.structs.replace(
+            bundle, files=(*bundle.files, File("additional_chat_templates/tool_use.jinja", "dddd", 1))
+        ),
+        lambda bundle: msgspec.structs.replace(bundle, special_tokens={"bos_token": "<s>"}),
+        lambda bundle: msgspec.structs.replace(bundle, stop_ids=(7,)),
+        lambda bundle: msgspec.structs.replace(bundle, tools="hermes"),
+        lambda bundle: msgspec.structs.replace(bundle, sampling=SamplingDefaults(temperature=0.5)),
+    ],
+    ids=["weights", "graph", "variant", "tokenizer", "template", "another template", "tokens", "ends", "tools", "sampling"],
+)
+def test_it_changes_with_what_decides_a_token(bundle: Bundle, change: Callable[[Bundle], Bundle]) -> None:
+    assert of(change(bundle)) != of(bundle)
+
+
+@pytest.mark.parametrize(
+    "computing", ["onnxruntime 1.33.0 on x86_64 avx2", "onnxruntime 1.32.0 on x86_64 avx2 avx512f", "tensorrt 11 on H200 9.0"]
+)
+def test_it_changes_with_what_computes(bundle: Bundle, computing: str) -> None:
+    assert of(bundle, computing) != of(bundle)
+
+
+def test_it_stays_where_no_token_changes(bundle: Bundle) -> None:
+    moved = msgspec.structs.replace(bundle, created=1, name="other")
+    again = with_files(moved, tuple(reversed(bundle.variants[0].files)), builder="other 2.0", step_bytes=7)
+    assert of(again) == of(bundle)
+
+
+def test_one_variant_has_nothing_to_do_with_another(bundle: Bundle) -> None:
+    beside: Variant = msgspec.structs.replace(bundle.variants[0], name="cpu-fp32", files=(File("cpu-fp32/model.onnx", "e", 1),))
+    assert of(msgspec.structs.replace(bundle, variants=(*bundle.variants, beside))) == of(bundle)
+
+
+async def told(house: House) -> str:
+    asking = asyncio.ensure_future(house.http.post("/v1/completions", json={"prompt": "hi"}))
+    await house.worker.say(await house.worker.next(Generate), "yes", "stop")
+    found: str = (await (await asyncio.wait_for(asking, 5)).json())["system_fingerprint"]
+    return found
+
+
+async def test_an_answer_has_that_of_the_engine_that_gave_it(house: House, bundle: Bundle) -> None:
+    assert await told(house) == await told(house) == of(bundle, house.worker.ready.kernels)
+
+
+def test_a_cpu_is_told_by_what_its_kernels_are_chosen_by(tmp_path: Path, bundle: Bundle) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor : 0\nflags\t\t: fpu avx2 sse4_2 avx512f\nprocessor : 1\nflags : amx_int8\n")
+    described = kernels.describe(bundle.variants[0], Device("cpu", 0), cpuinfo=cpuinfo)
+    assert described.startswith("onnxruntime ")
+    assert described.endswith(" avx2 avx512f")
+    silent = kernels.describe(bundle.variants[0], Device("cpu", 0), cpuinfo=tmp_path / "none")
+    assert silent == described.removesuffix(" avx2 avx512f")

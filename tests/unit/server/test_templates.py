@@ -1,0 +1,78 @@
+"""Which of a model's chat templates lays a chat out, and what a request may say of it."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+
+from runtime.bundle import Bundle, File
+from runtime.messages import Generate
+from tests.unit.server.house import House
+
+TEMPLATES = {
+    "tool_use": "{% for t in tools %}[{{ t.function.name }}]{% endfor %}{% for m in messages %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<{{ c.function.name }}>{% endfor %}{% endfor %}",
+    "rag": "{% for d in documents %}{{ d.title }}:{{ d.text }};{% endfor %}{{ messages[-1].content }}",
+}
+HI: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+TOOLS = {"tools": [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]}
+DOCUMENTS = {"documents": [{"title": "a", "text": "b"}]}
+PLAIN = "u:hi\na:"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, bundle: Bundle) -> Bundle:
+    """The model, with three templates, of a format whose calls are known."""
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name, source in TEMPLATES.items():
+        (tmp_path / f"additional_chat_templates/{name}.jinja").write_text(source)
+    more = (File(f"additional_chat_templates/{name}.jinja", name, 1) for name in TEMPLATES)
+    return msgspec.structs.replace(bundle, files=(*bundle.files, *more), tools="hermes")
+
+
+async def refusal(answer: aiohttp.ClientResponse) -> tuple[str, str | None]:
+    assert answer.status == 400
+    error = (await answer.json())["error"]
+    return error["message"], error["param"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt"),
+    [
+        ({}, PLAIN),
+        (TOOLS, "[look]hi"),
+        (TOOLS | {"tool_choice": "none"}, PLAIN),
+        ({"chat_template": "rag"} | DOCUMENTS, "a:b;hi"),
+        ({"chat_template": "default"} | DOCUMENTS, PLAIN),
+        ({"chat_template": None, "documents": None}, PLAIN),
+    ],
+    ids=["a chat", "tools", "no tools", "documents", "named", "null"],
+)
+async def test_the_template_is_that_of_transformers_or_the_one_that_is_named(
+    house: House, fields: dict[str, Any], prompt: str
+) -> None:
+    asking = asyncio.ensure_future(house.http.post("/v1/chat/completions", json=HI | fields))
+    request = await house.worker.next(Generate)
+    await house.worker.say(request, "yes", "stop")
+    assert (await asking).status == 200
+    assert house.text.decode(request.prompt) == prompt
+    if "tool_choice" not in fields:  # which a prompt alone does not have
+        async with house.http.post("/tokenize", json=HI | fields) as told:
+            assert (await told.json())["tokens"] == request.prompt
+
+
+async def test_a_template_that_is_not_the_models_is_refused(house: House) -> None:
+    for path in ("/v1/chat/completions", "/tokenize"):
+        async with house.http.post(path, json=HI | {"chat_template": "{{ messages }}"}) as answer:
+            message, param = await refusal(answer)
+        assert "no chat template called '{{ messages }}'; it has default, rag, tool_use" in message
+        assert param == "chat_template"
+
+
+async def test_a_prompt_has_no_template(house: House) -> None:
+    async with house.http.post("/tokenize", json={"prompt": "hi", "chat_template": "rag"}) as answer:
+        message, param = await refusal(answer)
+    assert (message, param) == ("'chat_template' is only allowed together with messages.", "chat_template")

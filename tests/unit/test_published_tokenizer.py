@@ -1,0 +1,225 @@
+"""A folder's tokenizer is the one that its authors published, whatever transformers makes of it by its class."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, GenerationConfig
+
+from export import corpus
+from export.errors import ExportError
+from export.tokenizer import checked, read_text
+from tests import tiny
+
+DIGITS = "650841823"
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+MERGES = [("6", "5"), ("65", "0"), ("8", "4"), ("84", "1"), ("8", "2"), ("82", "3"), ("650", "841")]
+SPECIAL = ["<s>", "</s>", "<unk>"]
+SIZE = len(ALPHABET) + len(MERGES) + len(SPECIAL)
+
+
+def byte_level(pattern: str = r"\p{N}{1,3}|[^\p{N}]+") -> Tokenizer:
+    """Digits split by threes, and their merges."""
+    tokens = [*ALPHABET, *("".join(merge) for merge in MERGES), *SPECIAL]
+    tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    return tokenizer
+
+
+def sentencepiece_like() -> Tokenizer:
+    """As Llama 2's, but digits stand alone, as Llama's own SentencePiece model has it and its class in transformers has not."""
+    pieces = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"0123456789", *("".join(merge) for merge in MERGES)]
+    model = models.BPE({piece: id for id, piece in enumerate(pieces)}, MERGES, byte_fallback=True, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1)]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    return tokenizer
+
+
+def save(folder: Path, tokenizer: Tokenizer, model_type: str = "llama", **config: Any) -> Path:
+    """A folder as far as text is concerned."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**named, **config}))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+def by_class(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+KINDS = {
+    "a class": (byte_level, "qwen3", {"tokenizer_class": "Qwen2Tokenizer"}),
+    "a model type": (byte_level, "qwen3", {}),
+    "SentencePiece's way": (sentencepiece_like, "llama", {"tokenizer_class": "LlamaTokenizer"}),
+    "GPT-2's way": (byte_level, "gpt2", {"tokenizer_class": "GPT2Tokenizer"}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_counts_and_a_note_says_where_transformers_differs(tmp_path: Path, kind: str) -> None:
+    made, model_type, config = KINDS[kind]
+    folder = save(tmp_path, made(), model_type, **config)
+    file, rebuilt = Tokenizer.from_file(str(folder / "tokenizer.json")), by_class(folder)
+    assert file.encode(DIGITS).ids != rebuilt(DIGITS).input_ids, "the case that this is about"
+    side = read_text(folder)
+    for text in corpus.texts(file):
+        assert side.tokenizer.encode(text).ids == file.encode(text).ids, ascii(text)
+    (note,) = side.notes
+    assert note.startswith(f"tokenizer.json and transformers' {type(rebuilt).__name__} differ in ")
+    assert "tokenizer.json, which the authors publish, is taken (--tokenizer transformers takes the other)" in note
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_other_is_taken_where_it_is_asked_for(tmp_path: Path, kind: str) -> None:
+    made, model_type, config = KINDS[kind]
+    folder = save(tmp_path, made(), model_type, **config)
+    side, rebuilt = read_text(folder, choice="transformers"), by_class(folder)
+    for text in corpus.texts(rebuilt.backend_tokenizer):
+        assert side.tokenizer.encode(text).ids == rebuilt(text).input_ids, ascii(text)
+    (note,) = side.notes
+    assert f"that of {type(rebuilt).__name__} is taken (--tokenizer file takes the authors' tokenizer.json)" in note
+
+
+def test_where_both_are_alike_nothing_is_said(tmp_path: Path) -> None:
+    assert read_text(save(tmp_path, byte_level(), tokenizer_class="PreTrainedTokenizerFast")).notes == ()
+
+
+def test_the_files_own_way_with_bos_and_eos_stays(tmp_path: Path) -> None:
+    """As in transformers, which passes over both fields of the configuration where there is a tokenizer.json."""
+    tokenizer = byte_level()
+    tokens = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=tokens)
+    folder = save(tmp_path, tokenizer, add_bos_token=False, add_eos_token=False)
+    side = read_text(folder)
+    assert side.tokenizer.encode("a").tokens == ["<s>", "a", "</s>"]
+    assert side.tokenizer.encode("a").ids == by_class(folder)("a").input_ids
+    assert side.notes == ()
+
+
+def test_tokens_that_only_the_configuration_adds_are_there(tmp_path: Path) -> None:
+    added = {str(SIZE): {"content": "<|tool|>", "special": True}, str(SIZE + 1): {"content": "<extra>", "special": False}}
+    folder = save(tmp_path, byte_level(), added_tokens_decoder=added, image_token="<|tool|>")
+    side = read_text(folder)
+    assert side.tokenizer.encode("a<|tool|><extra>").ids == by_class(folder)("a<|tool|><extra>").input_ids
+    assert side.tokenizer.encode("<|tool|>").ids == [SIZE]
+    assert side.special_tokens["image_token"] == "<|tool|>"
+
+
+def test_a_token_that_only_a_class_names_is_not_made_up(tmp_path: Path) -> None:
+    folder = save(tmp_path, byte_level(), "qwen3", tokenizer_class="Qwen2Tokenizer")
+    assert by_class(folder).pad_token == "<|endoftext|>", "which its class names, and its vocabulary has not"
+    side = read_text(folder)
+    assert side.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert side.tokenizer.token_to_id("<|endoftext|>") is None
+
+
+def test_a_class_that_is_code_in_the_folder_is_not_run(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    config = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    folder = save(tmp_path, byte_level(), "nonsense", **config)
+    (folder / "config.json").write_text(json.dumps({"model_type": "nonsense", "auto_map": {"AutoConfig": "mine.Mine"}}))
+    (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w')\nclass Mine: pass\n")
+    side = read_text(folder)
+    assert not ran.exists()
+    assert side.tokenizer.encode(DIGITS).tokens == ["650", "841", "823"]
+    assert any("tokenizer.json is taken as it is" in note for note in side.notes)
+
+
+def test_vocabulary_files_alone_go_through_transformers(tmp_path: Path) -> None:
+    vocabulary = {token: id for id, token in enumerate([*ALPHABET, "65", "<|endoftext|>"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n6 5\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    side = read_text(tmp_path)
+    assert side.tokenizer.encode(DIGITS).tokens == ["65", *DIGITS[2:]]
+    assert (side.special_tokens["eos_token"], side.stop_ids) == ("<|endoftext|>", (vocabulary["<|endoftext|>"],))
+
+
+def test_a_configuration_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    folder = save(tmp_path, byte_level(), added_tokens_decoder={"1": 7})
+    with pytest.raises(ExportError, match=r"tokenizer_config\.json in .* does not fit tokenizer\.json"):
+        read_text(folder)
+
+
+# What is no tokenizer ------------------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_of_unknown_tokens_is_none(tmp_path: Path) -> None:
+    """transformers makes an empty one where the file that a class reads is not there."""
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ExportError, match=r"turns ordinary text .* into nothing but unknown tokens; .*tokenizer\.json, "):
+        checked(read_text(tmp_path), 1000, tmp_path)
+
+
+def test_a_tokenizer_that_gives_nothing_is_none(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    folder = save(
+        tmp_path, tokenizer, tokenizer_class="PreTrainedTokenizerFast", bos_token=None, eos_token=None, unk_token=None
+    )
+    with pytest.raises(ExportError, match=r"turns ordinary text .* into nothing but unknown tokens"):
+        checked(read_text(folder), 1000, folder)
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused(tmp_path: Path) -> None:
+    side = read_text(save(tmp_path, byte_level()))
+    checked(side, 300, tmp_path)
+    with pytest.raises(
+        ExportError, match=r"is not this model's: it turns '.*' into the token \d+ \(.*\), and the model has 200"
+    ):
+        checked(side, 200, tmp_path)
+
+
+def test_tokens_around_a_text_count_as_well(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    bos = SIZE - len(SPECIAL)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    with pytest.raises(ExportError, match=rf"into the token {bos} \('<s>'\), and the model has {bos}"):
+        checked(read_text(save(tmp_path, tokenizer)), bos, tmp_path)
+
+
+def test_a_chat_template_with_a_token_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, byte_level(), chat_template="<s>{{ messages[0].content }}</s>")
+    last = SIZE - len(SPECIAL) + 1
+    with pytest.raises(ExportError, match=rf"a conversation in the chat template default.* into the token {last}"):
+        checked(read_text(folder), last, folder)
+
+
+def test_an_end_that_the_model_never_gives_is_none(tmp_path: Path) -> None:
+    """As where a configuration was written for another vocabulary: banning such a token would reach past the logits."""
+    folder = save(tmp_path, byte_level())
+    config = GenerationConfig(eos_token_id=[7, 100_000])
+    side = read_text(folder, generation_config=config)
+    assert side.stop_ids == (SIZE - 2, 7, 100_000)
+    assert checked(side, 300, folder).stop_ids == (SIZE - 2, 7)
+    with pytest.raises(ExportError, match="has eos_token_id '7', which is not a token's id"):
+        read_text(folder, generation_config=GenerationConfig(eos_token_id="7"))
+
+
+@pytest.mark.parametrize("task", ["text-generation", "feature-extraction"])
+def test_a_folder_without_a_tokenizer_is_refused_before_anything_is_built(tmp_path: Path, task: Any) -> None:
+    model = tiny.write_model(tmp_path / "mine")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (model / name).unlink(missing_ok=True)
+    engines = tmp_path / "engines"
+    recipe = msgspec.structs.replace(tiny.recipe(model), task=task)
+    progress = tiny.Silent()
+    with pytest.raises(ExportError, match=r"mine has no tokenizer: tokenizer\.json, .* were looked for; copy "):
+        tiny.exporting(engines, progress=progress).run(recipe)
+    assert progress.begun == ["fetch", "load", "tokenizer"]
