@@ -55,8 +55,8 @@ def load(path: Path, task: Task, share: Callable[[float], None] = lambda share: 
     whole, UnsupportedModel for one that says what is not carried over.
     """
     file = gguf_file.read(path)
-    model = interpret(file)
     try:
+        model = interpret(file)
         config = CONFIG_MAPPING[model.model_type](**model.settings)
         loaded, info = _auto_class(config, task).from_pretrained(
             None,
@@ -69,7 +69,7 @@ def load(path: Path, task: Task, share: Callable[[float], None] = lambda share: 
         )
     except ExportError:
         raise
-    except Exception as error:  # sizes that contradict each other, in whatever way torch says it
+    except Exception as error:  # sizes that are nonsense or contradict each other, in whatever way that is found out
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(f"{path} could not be loaded: {said}; its metadata and its weights contradict each other") from error
     _check_loaded(file, loaded, info, task)
