@@ -48,15 +48,15 @@ class Model:
     """The frequencies of all layers are divided by `rope_freqs.weight`, where the file has it."""
 
 
-def load(path: Path, task: Task, share: Callable[[float], None] = lambda share: None) -> tuple[PreTrainedModel, list[str]]:
-    """The model in float32 with transformers' plain attention, and the names of the weights that the file lacks.
+def load(path: Path, task: Task, share: Callable[[float], None] = lambda share: None) -> PreTrainedModel:
+    """The model in float32 with transformers' plain attention, whole.
 
-    `share` is told how much of the tensors was read, from 0 to 1. Raises ExportError for a file that cannot be read,
-    UnsupportedModel for one that says what is not carried over.
+    `share` is told how much of the tensors was read, from 0 to 1. Raises ExportError for a file that cannot be read or is not
+    whole, UnsupportedModel for one that says what is not carried over.
     """
     file = gguf_file.read(path)
-    model = interpret(file)
     try:
+        model = interpret(file)
         config = CONFIG_MAPPING[model.model_type](**model.settings)
         loaded, info = _auto_class(config, task).from_pretrained(
             None,
@@ -69,13 +69,14 @@ def load(path: Path, task: Task, share: Callable[[float], None] = lambda share: 
         )
     except ExportError:
         raise
-    except Exception as error:  # sizes that contradict each other, in whatever way torch says it
+    except Exception as error:  # sizes that are nonsense or contradict each other, in whatever way that is found out
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(f"{path} could not be loaded: {said}; its metadata and its weights contradict each other") from error
-    _check_loaded(file, info, task)
+    _check_loaded(file, loaded, info, task)
     if model.divide:
         _divide_frequencies(file, loaded)
-    return loaded, sorted(info["missing_keys"])
+    whole: PreTrainedModel = loaded
+    return whole
 
 
 def interpret(file: GgufFile) -> Model:
@@ -99,13 +100,18 @@ def _auto_class(config: PreTrainedConfig, task: Task) -> Any:
     return (MODEL_FOR_CAUSAL_LM_MAPPING if task == "text-generation" else MODEL_MAPPING)[type(config)]
 
 
-def _check_loaded(file: GgufFile, info: Mapping[str, Any], task: Task) -> None:
-    """Refuse tensors of another shape than the metadata says, and those that the model did not take."""
+def _check_loaded(file: GgufFile, model: PreTrainedModel, info: Mapping[str, Any], task: Task) -> None:
+    """Refuse weights that transformers made up, of another shape than the metadata says, or that the model did not take."""
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
         raise ExportError(
             f"{file.path} contradicts itself: {name} has the shape {tuple(stored)}, by the metadata it is {tuple(wanted)};"
             " convert the model again"
+        )
+    if missing := info["missing_keys"]:
+        raise ExportError(
+            f"{file.path} lacks {len(missing)} of the weights that {type(model).__name__} has ({min(missing)}, for one);"
+            " fetch or convert the model again"
         )
     unexpected = [name for name in info["unexpected_keys"] if task == "text-generation" or not name.startswith("lm_head.")]
     if unexpected:

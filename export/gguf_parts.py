@@ -18,9 +18,9 @@ def names(name: str) -> tuple[str, ...]:
 
 
 def stem(name: str) -> str:
-    """The name of a GGUF without its suffix and the number of its part."""
+    """The name of a file without its suffix, a GGUF's without the number of its part."""
     split = _PART.fullmatch(name)
-    return split["stem"] if split is not None else name.removesuffix(".gguf")
+    return split["stem"] if split is not None else Path(name).stem
 
 
 def found(path: Path) -> tuple[Path, ...]:

@@ -100,14 +100,9 @@ def load(
     transformers warns of is put into `notes`, a line each; `share` is told how much is loaded. Raises ExportError or
     UnsupportedModel.
     """
-    model: PreTrainedModel
     if checkpoint.gguf_file is not None:
-        checkpoint_files.check_no_pointers(checkpoint.path)
-        model, lacking = gguf_model.load(checkpoint.path, task, share)
-        check_whole(model, {"missing_keys": lacking, "unexpected_keys": [], "mismatched_keys": []}, None, task, checkpoint.path)
-        _check_finite(model, checkpoint.path)
-        model.eval()
-        return model
+        return _load_gguf(checkpoint.path, task, notes, share)
+    model: PreTrainedModel
     files = checkpoint_files.examine(checkpoint.folder)
     scales = stored_types.quantization(files)
     options: dict[str, Any] = {} if scales is None else {"quantization_config": scales}
@@ -137,6 +132,18 @@ def load(
     model.eval()
     if notes is not None:
         notes += [*left_out, *(f"transformers: {message}" for message in heard)]
+    return model
+
+
+def _load_gguf(path: Path, task: Task, notes: list[str] | None, share: Callable[[float], None]) -> PreTrainedModel:
+    checkpoint_files.check_no_pointers(path)
+    heard: list[str] = []
+    with library_messages.listening(heard), library_messages.counting_weights(lambda _: None):
+        model = gguf_model.load(path, task, share)
+    _check_finite(model, path)
+    model.eval()
+    if notes is not None:
+        notes += [f"transformers: {message}" for message in heard]
     return model
 
 

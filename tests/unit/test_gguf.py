@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -273,8 +274,7 @@ def test_given_a_gguf_when_loaded_for_embeddings_then_it_has_no_head_and_every_o
     path = kind("qwen3", files)
     whole = model(path).state_dict()
     told: list[float] = []
-    headless, missing = gguf_model.load(path, "feature-extraction", told.append)
-    assert missing == []
+    headless = gguf_model.load(path, "feature-extraction", told.append)
     assert {f"model.{name}" for name in headless.state_dict()} == whole.keys() - {"lm_head.weight"}
     assert all(torch.equal(value, whole[f"model.{name}"]) for name, value in headless.state_dict().items())
     assert told == sorted(told)
@@ -311,6 +311,19 @@ def test_given_a_key_that_was_taken_twice_when_the_rest_is_refused_then_it_is_no
     keys = Hyperparameters("llama", {"llama.block_count": 2}, Path("x.gguf"))
     assert (keys.whole("block_count"), keys.whole("block_count")) == (2, 2)
     keys.refuse_rest()
+
+
+@pytest.mark.parametrize("keys", [{"attention.head_count": 0}, {"attention.head_count": "x"}, {"rope.freq_base": [1, 2]}])
+def test_given_metadata_that_is_nonsense_when_loaded_then_a_sentence_says_so(
+    keys: dict[str, tiny_gguf.Value], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tiny_gguf.KINDS["llama"]
+    monkeypatch.setitem(tiny_gguf.KINDS, "llama", replace(plain, keys={**plain.keys, **keys}))
+    path = tiny_gguf.write("llama", tmp_path / "model.gguf")
+    with pytest.raises(ExportError) as error:
+        source.load(source.fetch(ModelReference(path=str(path)), tmp_path))
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
 
 
 # Tensors -------------------------------------------------------------------------------------------------------------------
