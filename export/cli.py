@@ -12,6 +12,7 @@ from typing import get_args
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.status import Status
 from rich.table import Table
@@ -136,7 +137,8 @@ def run(arguments: argparse.Namespace) -> int:
         print("engineshed: interrupted; nothing was published", file=sys.stderr)
         return 130
     seconds = sum(export.seconds.values())
-    console.print(f"[bold green]{folder}[/] is ready in {seconds:.0f} s. Serve it with: engineshed serve --model {wanted.name}")
+    where = escape(str(folder))
+    console.print(f"[bold green]{where}[/] is ready in {seconds:.0f} s. Serve it with: engineshed serve --model {wanted.name}")
     return 0
 
 
@@ -171,7 +173,7 @@ class Report:
     def end(self, stage: str, seconds: float, note: str) -> None:
         """See `pipeline.Progress`."""
         self._clear()
-        self._console.print(f"  {stage:<24} {seconds:>6.1f} s   {note}")
+        self._console.print(f"  {stage:<24} {seconds:>6.1f} s   {escape(note)}")
 
     def notice(self, sentence: str) -> None:
         """See `pipeline.Progress`."""

@@ -20,6 +20,7 @@ _ADVICE = re.compile(
     re.IGNORECASE,
 )
 """Begins a sentence that tells whoever calls the library what to write; none of it can be written here."""
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _CHATTER = (
     "LOAD REPORT",  # its contents are checked by name in source.py
     "is deprecated",
@@ -98,10 +99,16 @@ def silence() -> Iterator[None]:
         logging.disable(disabled)
 
 
+def _not_converted(messages: list[str]) -> list[str]:
+    """The weights that a report on a model's loading says it could not make of those that are stored."""
+    rows = [row for message in messages if "LOAD REPORT" in message for row in _ANSI.sub("", message).splitlines()]
+    return [f"{row.split('|')[0].strip()} could not be made of them" for row in rows if "| CONVERSION |" in row]
+
+
 def concerning(messages: list[str]) -> list[str]:
     """Those of `messages` that say something of a model's weights or configuration, each once and without advice."""
     told = [in_few_words(message) for message in messages if not any(part in message for part in _CHATTER)]
-    return list(dict.fromkeys(message for message in told if message))
+    return list(dict.fromkeys([*filter(None, told), *_not_converted(messages)]))
 
 
 def in_few_words(message: str) -> str:

@@ -165,6 +165,12 @@ def _refusal(checkpoint: Checkpoint, error: Exception, task: Task, heard: list[s
             f"{name} is no {kind} that transformers can load: a {other[1]} is not a decoder that continues text"
             + (", and embeddings are made with --task feature-extraction" if task == "text-generation" else "")
         )
+    if "automatic conversion of the weights" in whole and heard:
+        return ExportError(
+            f"the weights in {checkpoint.path} do not fit together: {heard[-1]} (one is missing, or of another shape); fetch "
+            f"or "
+            "convert the model again"
+        )
     said = in_few_words(whole or type(error).__name__)
     if heard and not isinstance(error, OSError):
         said = f"{said} ({heard[-1].rstrip('.')})"

@@ -194,7 +194,7 @@ def test_given_a_trace_that_fails_when_exported_then_only_its_sentence_is_shown(
     configure(model, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
     assert export(model, "--engines", tmp_path / "engines", "--precision", "fp32") in (0, 1)
     out, shown = capfd.readouterr()
-    stages = re.compile(r"  \S.*\d\.\d s  |Exporting |  note  |.* is ready in ")
+    stages = re.compile(r"  \S.*\d\.\d s  |Exporting |  note: |.* is ready in ")
     others = [line for line in shown.splitlines() if not stages.match(line)]
     assert [line for line in others if not line.startswith("engineshed: ")] == []
     assert out == ""

@@ -337,6 +337,18 @@ def test_given_a_configuration_with_fewer_layers_when_loaded_then_the_others_are
     assert "has 9 weights that LlamaForCausalLM has no place for (model.layers.1." in refused(model)
 
 
+@pytest.mark.parametrize("rows", [0, 16], ids=["missing", "of another shape"])
+def test_given_one_experts_weight_that_does_not_fit_when_loaded_then_what_it_is_a_part_of_is_named(
+    tmp_path: Path, rows: int
+) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 1, "num_experts": 4}
+    Qwen3Moe(Qwen3MoeConfig(vocab_size=64, num_attention_heads=4, num_key_value_heads=2, **sizes)).save_pretrained(tmp_path)
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    change(tmp_path, lambda tensors: tensors.update({name: tensors[name][:rows]}) if rows else tensors.pop(name))
+    said = refused(tmp_path)
+    assert f"the weights in {tmp_path} do not fit together: model.layers.0.mlp.experts.gate_up_proj could not be made" in said
+
+
 # What transformers warns of -----------------------------------------------------------------------------------------------
 
 
