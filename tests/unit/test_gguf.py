@@ -93,7 +93,7 @@ def test_given_the_same_weights_without_the_key_when_run_then_the_tokens_are_oth
     assert any(best(plain, case)[0] != case["tokens"] for case in RECORDED[name])
 
 
-@pytest.mark.parametrize("name", ["llama-frequencies", "granite", "gemma2"])
+@pytest.mark.parametrize("name", ["llama-frequencies", "granite", "gemma2", "phi3-longrope"])
 def test_given_a_gguf_when_exported_then_the_engine_gives_the_tokens_of_llama_cpp(
     name: str, files: Path, tmp_path: Path
 ) -> None:
@@ -103,7 +103,7 @@ def test_given_a_gguf_when_exported_then_the_engine_gives_the_tokens_of_llama_cp
     manifest = bundle.read(folder)
     assert (manifest.source.kind, manifest.source.name, manifest.source.sha256) == ("gguf", path.name, sha256(path))
     variant = manifest.variants[0]
-    engine = OrtEngine(folder, variant, manifest.vocab_size, slots=2, context=tiny_gguf.CONTEXT, threads=1)
+    engine = OrtEngine(folder, variant, manifest.vocab_size, slots=2, context=manifest.max_length, threads=1)
     cases = RECORDED[name]
     assert families.greedy(engine, [prompt(case) for case in cases], tiny_gguf.TOKENS) == [case["tokens"] for case in cases]
 
