@@ -95,7 +95,7 @@ async def test_nothing_outlives_a_supervisor_that_is_killed(engines: Path, hung:
 
 
 async def test_a_server_that_is_told_to_stop_lets_answers_finish(engines: Path) -> None:
-    async with serve(engines, "--model=alpha") as running:
+    async with serve(engines, "--model=alpha", "--drain-seconds=100") as running:
         async with running.held("alpha", PROMPT, 240) as (response, engine):
             stopping = asyncio.create_task(running.stop())
             await running.until(lambda: _refuses(running))

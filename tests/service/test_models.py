@@ -145,7 +145,7 @@ async def _in_state(running: Running, model: str, state: str) -> bool:
 
 
 async def test_unloading_lets_answers_finish_and_gives_the_memory_back(engines: Path) -> None:
-    async with serve(engines, "--model=alpha") as running:
+    async with serve(engines, "--model=alpha", "--drain-seconds=100") as running:
         (pid,) = await running.pids("alpha@")
         async with running.held("alpha", PROMPT, 200) as (response, engine):
             unloading = asyncio.create_task(running.act("alpha", "unload"))
