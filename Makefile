@@ -11,9 +11,13 @@ RECIPE ?=
 TARGET ?=
 PRECISION ?=
 SOAK ?= 1800
+FUZZ ?= 2000
 INSTALLED := $(VENV)/.installed
 
 EXPORT_FLAGS := $(if $(RECIPE),--recipe $(RECIPE)) $(if $(TARGET),--target $(TARGET)) $(if $(PRECISION),--precision $(PRECISION))
+
+# A tiny stand-in for the default model: see tests/quick_model.py.
+QUICK := build/quick/engines
 
 PEERS := bench/.peers
 PEER_TARGETS := $(PEERS)/genai/.installed $(PEERS)/openvino/.installed $(PEERS)/transformers/.installed \
@@ -23,7 +27,7 @@ PEER_TARGETS := $(PEERS)/genai/.installed $(PEERS)/openvino/.installed $(PEERS)/
 CLIENTS := openai anthropic google-genai litellm langchain-openai instructor llm aiperf
 CLIENT_VENVS := .venv-clients
 
-.PHONY: help serve export test check unit e2e test-clients $(CLIENTS:%=test-clients-%) soak page sweep
+.PHONY: help serve export test test-quick test-busy check unit e2e test-clients $(CLIENTS:%=test-clients-%) soak page sweep fuzz
 .PHONY: bench bench-peers bench-served microbench test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
@@ -32,6 +36,8 @@ help:  ## show this
 	@echo "make export  [MODEL=hub-id|folder|file.gguf] [RECIPE=engines/x.toml] [TARGET=cpu] [PRECISION='int4 fp32']"
 	@echo "make test    set up, lint, types, and every test on the real model"
 	@echo "make check   lint and types          make unit   with tiny models         make e2e   the real model and server"
+	@echo "make test-quick  e2e and page over a tiny stand-in for the model, as on a machine ten times as fast"
+	@echo "make test-busy   make test beside four processes that never rest"
 	@echo "make page    the page at / in a real Chromium, over the real model and server"
 	@echo "make test-clients      clients that people use, each installed apart, against the real server"
 	@echo "make test-clients-NAME one of: $(CLIENTS)"
@@ -42,6 +48,7 @@ help:  ## show this
 	@echo "make bench-peers   install the peers under bench/.peers: half an hour, 6 GB; llama.cpp needs a C++ compiler, cmake, ninja"
 	@echo "make test-gpu      on a machine with an NVIDIA GPU, by GPU_PYTHON as it is: see docs/gpu.md"
 	@echo "make bench-gpu     the engine on the GPU beside transformers' compiled decode, in eight minutes; likewise"
+	@echo "make fuzz    [FUZZ=2000] tiny checkpoints with random options: each gives transformers' tokens or is refused (hours)"
 	@echo "make sweep   try every causal LM type that transformers knows; writes docs/architectures.md (an hour)"
 	@echo "make clean   remove .venv, caches and built engines"
 
@@ -76,6 +83,18 @@ e2e: $(INSTALLED)
 	$(BIN)/engineshed export --if-missing --recipe tests/data/e2e.toml
 	$(BIN)/pytest tests/e2e
 
+test-quick: $(INSTALLED) $(QUICK)/smollm2-135m-instruct/bundle.json
+	TEST_ENGINES=$(QUICK) $(BIN)/pytest tests/e2e tests/page
+
+$(QUICK)/smollm2-135m-instruct/bundle.json: tests/quick_model.py | $(INSTALLED)
+	$(BIN)/engineshed export --if-missing --recipe tests/data/e2e.toml
+	rm -rf $(@D)
+	$(BIN)/python -m tests.quick_model $(QUICK)
+
+test-busy: $(INSTALLED)
+	@for process in 1 2 3 4; do $(BIN)/python -c 'while True: pass' & busy="$$busy $$!"; done; \
+		trap "kill $$busy" EXIT; $(MAKE) test
+
 # Debian's Chromium, or the one that CHROMIUM names; root gets it installed.
 page: $(INSTALLED)
 	@command -v $${CHROMIUM:-chromium} >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
@@ -100,6 +119,9 @@ $(CLIENT_VENVS)/%/.installed: tests/clients/%/requirements.txt | $(INSTALLED)
 
 sweep: $(INSTALLED)
 	$(BIN)/python -m tests.sweep
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 bench: $(INSTALLED)
 	@$(BIN)/engineshed export --if-missing --precision int4 fp32

@@ -29,7 +29,7 @@ from bench import machine
 from bench.arguments import number, writable
 from runtime import bundle
 from runtime.bundle import Bundle, BundleError, Variant
-from runtime.messages import Ready
+from runtime.messages import HEARTBEAT_SECONDS, Ready
 from runtime.text import Text
 from server import app, files
 from server.engine_client import EngineClient
@@ -286,6 +286,9 @@ def _service(manifest: Bundle, variant: Variant, text: Text, client: EngineClien
     roster.adopt("replay", Served(manifest.name, manifest, variant, text, [Direct(client)], metrics))
 
     async def told() -> Status:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HEARTBEAT_SECONDS):
+                await client.beat()
         engine = describe.engine(manifest.name, "replay", variant.name, client, state="ready")
         return Status(0, 0.0, tuple(roster.models), (engine,), (), (), metrics.samples())
 

@@ -17,7 +17,7 @@ import zmq
 
 from bench.arguments import number
 from runtime import messages, orphan
-from runtime.messages import Attach, Cancel, Finish, Generate, Heartbeat, Progress, Ready, Row
+from runtime.messages import Attach, Cancel, Finish, Generate, Heartbeat, HeartbeatRequest, Progress, Ready, Row
 
 LOGPROB = -0.5
 
@@ -96,12 +96,17 @@ class Replay:
                 case Cancel(id_):
                     if self._left.get(owner, {}).pop(id_, None) is not None:
                         self._send(owner, Progress([Row(id_, [], [], "cancelled")]))
+                case HeartbeatRequest(asked):
+                    self._send(owner, self._heartbeat(asked))
 
     def _beat(self) -> None:
-        for owner, left in list(self._left.items()):
-            numbers: dict[str, float] = {field.name: 0 for field in msgspec.structs.fields(Heartbeat) if field.required}
-            numbers |= {"running": len(left), "steps": self._steps}
-            self._send(owner, msgspec.convert(numbers, Heartbeat))
+        for owner in list(self._left):
+            self._send(owner, self._heartbeat())
+
+    def _heartbeat(self, asked: int = 0) -> Heartbeat:
+        numbers: dict[str, float] = {field.name: 0 for field in msgspec.structs.fields(Heartbeat) if field.required}
+        numbers |= {"running": sum(map(len, self._left.values())), "steps": self._steps, "number": asked}
+        return msgspec.convert(numbers, Heartbeat)
 
     def _send(self, owner: bytes, reply: messages.Reply) -> None:
         try:

@@ -228,11 +228,32 @@ async def _measure(
 ) -> tuple[list[Result], list[Ratio]]:
     """Every load on every server, in turns; `say` takes what is done now.
 
-    Started servers have ended when this returns, however it does.
+    Started servers have ended when this returns, however it does. Raises asyncio.CancelledError where it was told to stop, even
+    if something else failed meanwhile: a signal for the bench is often one for its servers, too.
     """
-    task = asyncio.current_task()
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+    def stop(*_: object) -> None:
+        """As asyncio's own for Ctrl-C: at once, and not only when the event loop comes to it."""
+        task.cancel()
+        loop.call_soon_threadsafe(lambda: None)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return await _take_turns(targets, loads, args, say)
+    except Exception:
+        if task.cancelling():
+            raise asyncio.CancelledError from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+async def _take_turns(
+    targets: list[Target], loads: list[Load], args: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[list[Result], list[Ratio]]:
+    """Every load on every server. Raises ServerError or LaunchError."""
     runs: dict[tuple[str, Load], list[Run]] = {}
     rss: dict[tuple[str, Load], int] = {}
     with ExitStack() as stack:

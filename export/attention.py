@@ -40,6 +40,11 @@ def speaking_to(cache: SlotCache) -> Iterator[None]:
         _cache = previous
 
 
+def current() -> SlotCache | None:
+    """The cache that attention named `NAME` reads and writes; None outside `speaking_to`."""
+    return _cache
+
+
 def _current() -> SlotCache:
     if _cache is None:
         raise RuntimeError(f"attention {NAME!r} was called outside speaking_to()")
@@ -64,14 +69,36 @@ def _attention(
     """transformers' attention interface: query [batch, heads, seq, dim], out [batch, seq, heads, dim]."""
     cache = _current()
     layer = cache.layer_of(key, value)
+    query = cache.by_row(query)
+    if layer is None or (cache.dialect == "onnxruntime" and layer in cache.plan and cache.plan[layer].fused):
+        key, value = cache.by_row(key), cache.by_row(value)  # else they are the slots' own
+    return cache.as_model(
+        _attend(cache, layer, module, query, key, value, attention_mask, scaling, softcap, s_aux, kwargs)
+    ), None
+
+
+def _attend(
+    cache: SlotCache,
+    layer: int | None,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """What the rows' own queries [batch, heads, seq, dim] see: [batch, seq, heads, dim]."""
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     bias, chosen = kwargs.get("position_bias"), kwargs.get("indices")
     causal = getattr(module, "is_causal", True)
     if layer is not None and layer in cache.plan and cache.plan[layer].fused:
         if cache.dialect == "onnxruntime":
-            return _fused(cache, cache.plan[layer], query, key, value, scale, softcap, s_aux), None
+            return _fused(cache, cache.plan[layer], query, key, value, scale, softcap, s_aux)
         if not softcap and s_aux is None:  # for which TensorRT's attention has no place
-            return _masked(cache, cache.plan[layer], query, key, value, scale), None
+            return _masked(cache, cache.plan[layer], query, key, value, scale)
     if layer is not None and not cache.plan:
         plain = bias is None and chosen is None and (causal or attention_mask is not None) and layer not in cache.windows
         even = query.shape[-1] == key.shape[-1] == value.shape[-1] and query.shape[1] % key.shape[1] == 0
@@ -81,7 +108,7 @@ def _attention(
         attention_mask = cache.causal(query.dtype)
     if chosen is not None:
         attention_mask = _only(chosen, attention_mask)
-    return _explicit(query, key, value, attention_mask, bias, scale, softcap, s_aux), None
+    return _explicit(query, key, value, attention_mask, bias, scale, softcap, s_aux)
 
 
 def _only(chosen: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

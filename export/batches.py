@@ -15,6 +15,7 @@ exact, so a row comes out the same, bit for bit, in every batch.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -40,28 +41,38 @@ _NORMS = {"RMSNormalization": 1, "LayerNormalization": 1, "SkipSimplifiedLayerNo
 _SAME_NUMBERS = {"Reshape", "Gather", "Unsqueeze", "Squeeze", "Identity"}
 
 
-def quantize_both(model: ir.Model, bits: int, vocab: int) -> quantize.Report:
-    """`quantize.quantize` `model` for steps of one token, and give it products in int8 for steps of more, in place."""
+_SEARCH = 0.8
+"""Of the time that quantizing takes: finding the grids that weights lie on."""
+
+
+def quantize_both(
+    model: ir.Model, bits: int, vocab: int, share: Callable[[float], None] = lambda share: None
+) -> quantize.Report:
+    """`quantize.quantize` `model` for steps of one token, and give it products in int8 for steps of more, in place.
+
+    `share` is told how much is done, from 0 to 1.
+    """
     merge_equal(model)
     embeddings = quantize.quantize_embeddings(model, vocab)
     many = model.clone()
-    report = quantize.quantize(model, bits, vocab)
+    report = quantize.quantize(model, bits, vocab, lambda done: share(_SEARCH * done))
     if report.matrices:
-        widen(many)
+        widen(many, lambda done: share(_SEARCH + (1 - _SEARCH) * done))
         _branch(model, many)
     report.add(embeddings)
     return report
 
 
-def widen(model: ir.Model) -> None:
+def widen(model: ir.Model, share: Callable[[float], None] = lambda share: None) -> None:
     """Turn `model`'s products with constant weights into int8 ones for many rows, in place."""
     products: dict[ir.Value | None, list[tuple[ir.Node, Float32]]] = {}
     for node in list(model.graph):
         weight = quantize.constant_weight(node)
         if weight is not None and not quantize.stays(node, weight):
             products.setdefault(node.inputs[0], []).append((node, weight))
-    for readers in products.values():
+    for number, readers in enumerate(products.values()):
         _Halves(model.graph, *readers[0]).serve(readers)
+        share((number + 1) / len(products))
     model.opset_imports["com.microsoft"] = 1
 
 

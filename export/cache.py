@@ -56,6 +56,9 @@ class Step:
     """[batch] int32: rows that are valid in each slot once the new tokens are written."""
     kv_range: torch.Tensor
     """[longest] int64: 0, 1, ... up to the longest of `kv_lengths`; its shape carries the length that masks need."""
+    rope_lengths: torch.Tensor
+    """[batch] int32: tokens that each row's position factors are chosen for, where these depend on it; no fewer than
+    `kv_lengths`: a chunk of a prompt is computed as a part of the whole."""
 
 
 class _NoLayers(list[Any]):
@@ -72,7 +75,9 @@ class _NoLayers(list[Any]):
 class SlotCache(Cache):
     """The graph's KV inputs; what the layers write becomes the graph's KV outputs.
 
-    With `plan` empty every layer is explicit and unseen buffers are created, which is how `survey` runs.
+    With `plan` empty every layer is explicit and unseen buffers are created, which is how `survey` runs. With `one_row` the
+    model sees the batch as one row of [batch * seq] tokens, one sequence after another, and only its attention tells them
+    apart: for models that have one position for all rows of a column.
     """
 
     step: Step
@@ -80,6 +85,7 @@ class SlotCache(Cache):
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     plan: dict[int, Layer] = field(default_factory=dict)
     dialect: Dialect = "onnxruntime"
+    one_row: bool = False
 
     def __post_init__(self) -> None:
         super().__init__(layers=_NoLayers())
@@ -100,6 +106,7 @@ class SlotCache(Cache):
         if self.dialect == "onnxruntime" and layer_idx in self.plan and self.plan[layer_idx].fused:
             self.written[layer_idx] = (key, value)
             return key, value
+        key, value = self.by_row(key), self.by_row(value)
         new_key = self._scatter(self.keys.get(layer_idx), key)
         new_value = self._scatter(self.values.get(layer_idx), value)
         self.keys[layer_idx], self.values[layer_idx] = new_key, new_value
@@ -112,8 +119,14 @@ class SlotCache(Cache):
         first, second = indexer_key_states[:, None].chunk(2, dim=-1)
         return torch.cat(self.update(first, second, INDEXERS + layer_idx), dim=-1)[:, 0]
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens before this step in the longest row. Models that want a row's own positions get `position_ids`."""
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens before this step in the longest row. Models that want a row's own positions get `position_ids`.
+
+        With `one_row`, what 0, 1, ... [batch * seq] is to be increased by to give each token's position, [batch * seq] int64.
+        """
+        if self.one_row:
+            positions = self.step.position_ids.reshape(-1)
+            return positions - torch.arange(positions.shape[0])
         return self.step.kv_range.shape[0] - self.step.position_ids.shape[1]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
@@ -148,6 +161,26 @@ class SlotCache(Cache):
             if key is written_key and value is written_value:
                 return index
         return None
+
+    def by_row(self, states: torch.Tensor) -> torch.Tensor:
+        """Queries, keys or values as the model made them, as [batch, heads, seq, dim]."""
+        if not self.one_row:
+            return states
+        batch, seq = self.step.position_ids.shape
+        _, heads, _, dim = states.shape
+        return states.transpose(1, 2).reshape(batch, seq, heads, dim).transpose(1, 2)
+
+    def as_model(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Something for each token, [batch, seq, ...], in the form in which the model sees the batch."""
+        return tokens.flatten(0, 1)[None] if self.one_row else tokens
+
+    def of_tokens(self, rows: torch.Tensor) -> torch.Tensor:
+        """Something for each row, [batch], for each token as the model sees them."""
+        return self.as_model(rows[:, None].expand(self.step.position_ids.shape))
+
+    def longer_than(self, length: int) -> torch.Tensor:
+        """Which tokens, as the model sees them, belong to a row that has more than `length` tokens once it is complete."""
+        return self.of_tokens(self.step.rope_lengths > length)
 
     def visible(self, window: int) -> torch.Tensor:
         """Which keys a query sees through `window`: bool [batch, 1, seq, longest]."""

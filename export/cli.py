@@ -2,14 +2,17 @@
 
 import argparse
 import logging
+import math
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import get_args
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.status import Status
 from rich.table import Table
@@ -24,11 +27,15 @@ from runtime.bundle import Pooling, Precision, Target, Task, ToolFormat
 DEFAULT_RECIPE = Path("engines/smollm2-135m-instruct.toml")
 DEFAULT_TEXT = Path("tests/data/perplexity.txt")
 
+_MIN_SHARE, _MIN_SECONDS = 0.05, 2.0
+"""Of a stage, before the time that it still takes is told."""
+
 DESCRIPTION = """\
 Build an engine bundle from a model and publish it under engines/.
 
-MODEL is a Hugging Face id (org/name, or org/name:FILE.gguf), a folder with config.json, or a .gguf file. Without MODEL a
-recipe is built: engines/smollm2-135m-instruct.toml, or the one given with --recipe.
+MODEL is a Hugging Face id (org/name, or org/name:FILE.gguf) or its address, a folder with config.json, or a .gguf file (of
+one in parts, any of them). Without MODEL a recipe is built: engines/smollm2-135m-instruct.toml, or the one given with
+--recipe.
 
 Before a bundle is published its engine is run and its greedy tokens are compared with transformers'; the outcome and, with
 a text at hand, the perplexity are recorded in the bundle's manifest.
@@ -77,6 +84,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     plans.add_argument(
         "--strip-weights", action="store_true", help="leave the weights out of the plan; the ONNX beside it has them"
     )
+    parser.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help="tokens of a prompt and its answer together (default: the model's own)"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that comes with the model (auto_map), where transformers has none of its own for it; it runs "
+        "with all your rights, so read it first (default: no code of a model is run)",
+    )
     parser.add_argument("--name", help="the bundle's name (default: the model's)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument(
@@ -102,9 +118,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Export; 0 when the bundle is published, 1 with a sentence on stderr when not."""
     _quiet()
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
     try:
-        wanted = _with_text(_recipe(arguments), arguments)
+        wanted = _with_options(_recipe(arguments), arguments)
         if arguments.if_missing and _whole(arguments.engines / wanted.name, [build.name for build in wanted.variants]):
             return 0
         console.print(f"Exporting [bold]{wanted.name}[/] ({', '.join(build.name for build in wanted.variants)})")
@@ -121,7 +137,8 @@ def run(arguments: argparse.Namespace) -> int:
         print("engineshed: interrupted; nothing was published", file=sys.stderr)
         return 130
     seconds = sum(export.seconds.values())
-    console.print(f"[bold green]{folder}[/] is ready in {seconds:.0f} s. Serve it with: engineshed serve --model {wanted.name}")
+    where = escape(str(folder))
+    console.print(f"[bold green]{where}[/] is ready in {seconds:.0f} s. Serve it with: engineshed serve --model {wanted.name}")
     return 0
 
 
@@ -131,6 +148,7 @@ class Report:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._status: Status | None = None
+        self._began = 0.0
 
     def __enter__(self) -> "Report":
         return self
@@ -140,6 +158,7 @@ class Report:
 
     def begin(self, stage: str) -> None:
         """See `pipeline.Progress`."""
+        self._began = time.monotonic()
         self._status = self._console.status(f"{stage} ...")
         self._status.start()
 
@@ -147,13 +166,14 @@ class Report:
         """See `pipeline.Progress`."""
         if self._status is not None:
             bar = Table.grid(padding=(0, 1))
-            bar.add_row(f"{stage} ...", ProgressBar(completed=100 * share, width=40), f"{share:.0%}")
+            left = remaining(share, time.monotonic() - self._began)
+            bar.add_row(f"{stage} ...", ProgressBar(completed=100 * share, width=40), f"{share:.0%}", left)
             self._status.update(bar)
 
     def end(self, stage: str, seconds: float, note: str) -> None:
         """See `pipeline.Progress`."""
         self._clear()
-        self._console.print(f"  {stage:<24} {seconds:>6.1f} s   {note}")
+        self._console.print(f"  {stage:<24} {seconds:>6.1f} s   {escape(note)}")
 
     def notice(self, sentence: str) -> None:
         """See `pipeline.Progress`."""
@@ -162,6 +182,14 @@ class Report:
     def _clear(self) -> None:
         if self._status is not None:
             self._status.stop()
+
+
+def remaining(share: float, seconds: float) -> str:
+    """The time that a stage still takes, if it goes on as it did: words, or nothing while too little is done to tell."""
+    if share < _MIN_SHARE or seconds < _MIN_SECONDS or share >= 1:
+        return ""
+    left = seconds * (1 - share) / share
+    return f"{math.ceil(left)} s left" if left < 90 else f"{math.ceil(left / 60)} min left"
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
@@ -195,28 +223,25 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     if arguments.revision is not None:
         raise ExportError("--revision goes with a MODEL on the hub; a recipe names its own")
     read = recipe.read(arguments.recipe or DEFAULT_RECIPE)
-    return recipe.checked(
-        Recipe(
-            arguments.name or read.name,
-            read.model,
-            builds or read.variants,
-            arguments.tools or read.tools,
-            arguments.task or read.task,
-            arguments.pooling or read.pooling,
-            read.tokenizer,
-            read.chat_template,
-            read.sampling,
-        )
+    return msgspec.structs.replace(
+        read,
+        name=arguments.name or read.name,
+        variants=builds or read.variants,
+        tools=arguments.tools or read.tools,
+        task=arguments.task or read.task,
+        pooling=arguments.pooling or read.pooling,
     )
 
 
-def _with_text(wanted: Recipe, arguments: argparse.Namespace) -> Recipe:
-    """`wanted` with what the command line says of its tokenizer and chat template."""
+def _with_options(wanted: Recipe, arguments: argparse.Namespace) -> Recipe:
+    """`wanted` with what the command line says of its tokenizer, its chat template, its length, and whether its code is run."""
     return recipe.checked(
         msgspec.structs.replace(
             wanted,
             tokenizer=arguments.tokenizer or wanted.tokenizer,
             chat_template=arguments.chat_template or wanted.chat_template,
+            max_length=wanted.max_length if arguments.max_length is None else arguments.max_length,
+            trust_remote_code=arguments.trust_remote_code or wanted.trust_remote_code,
         )
     )
 
@@ -235,6 +260,7 @@ def _quiet() -> None:
     """Keep the exporters' own chatter out of the report."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")  # which transformers would fetch from the hub and run
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TORCH_LOGS", "-onnx")  # torch sets its loggers' levels from this when it is imported
     warnings.filterwarnings("ignore")

@@ -77,7 +77,7 @@ class Compiler:
         with self.stage(f"{build.name}: compile") as stage:
             report = None
             if build.precision != "fp32":
-                report = batches.quantize_both(traced, BITS[build.precision], self.vocab)
+                report = batches.quantize_both(traced, BITS[build.precision], self.vocab, stage.advance)
             sampler.append_sampler(traced, self.vocab)
             variant = self._written(build, traced, torch.float32, workshop, folder)
             stage.note = _note(variant, report)
@@ -153,7 +153,7 @@ class Compiler:
         if key not in self._traced:
             name = "trace" if dtype == torch.float32 else f"trace {str(dtype).removeprefix('torch.')}, {dialect}"
             with self.stage(name) as stage:
-                traced = decoder.trace(decoder.in_dtype(self.model, dtype), self.seen, dialect, capacity)
+                traced = decoder.trace(decoder.in_dtype(self.model, dtype), self.seen, dialect, capacity, stage.advance)
                 if dialect == "onnxruntime":
                     fuse.fuse(traced)
                 self._traced[key] = traced
@@ -182,6 +182,7 @@ class Compiler:
             layers=tuple(bundle.Layer(x.index, x.kv_heads, x.key_dim, x.value_dim) for x in self.seen.layers),
             builder=", ".join(f"{name} {version(name)}" for name in PACKAGES),
             attention=_attention(self.seen),
+            length_boundaries=self.seen.length_boundaries,
             opset=graph.OPSET,
             step_bytes=step_bytes,
             sampler=files[2].path if samplers else None,

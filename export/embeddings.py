@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from export import batches, encoder, fuse, graph, quantize, verify
+from export import batches, encoder, fuse, graph, positions, quantize, verify
 from export.compile import BITS, PACKAGES, Stage
 from export.errors import ExportError, UnsupportedModel
 from export.recipe import Build
@@ -51,7 +51,7 @@ class EmbeddingJob:
             stage.note = f"{self.sentence.pooling} pooling, texts of up to {self.max_length} tokens"
         self.vocab = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
         with self.stage("trace") as stage:
-            self._traced = encoder.trace(self.model, self.sentence, seen)
+            self._traced = encoder.trace(self.model, self.sentence, seen, stage.advance)
             fuse.fuse(self._traced)
             self.encoder: Encoder = encoder.describe(self.model, self.sentence, self._traced)
             stage.note = f"{sum(1 for _ in self._traced.graph)} operators, {self.encoder.dimensions} numbers an embedding"
@@ -96,7 +96,7 @@ class EmbeddingJob:
 
     def _proved(self, variant: Variant) -> Variant:
         with self.stage(f"{variant.name}: verify") as stage:
-            texts = probes(self.vocab, self.max_length) + [
+            texts = probes(self.vocab, self._lengths()) + [
                 tokens for prompt in verify.PROMPTS if (tokens := self.tokenize(prompt)[: self.max_length])
             ]
             try:
@@ -117,6 +117,12 @@ class EmbeddingJob:
         proof = Verification(reference, prompts=len(texts), tokens=len(texts), equal=equal, cosine=round(least, 6))
         return msgspec.structs.replace(variant, verification=proof)
 
+    def _lengths(self) -> list[int]:
+        """Of the texts that are compared: `_LENGTHS`, and past those of the configuration as far as that takes no age."""
+        ends = positions.row_lengths(self.model.config.get_text_config(), self.max_length)
+        named = [length for length in ends if positions.affordable(self.model, length)]
+        return sorted({min(length, self.max_length) for length in (*_LENGTHS, *named)})
+
     def _manifest(self, variant: Variant) -> Bundle:
         """What the engine reads of the bundle-to-be."""
         return Bundle(
@@ -136,10 +142,9 @@ class EmbeddingJob:
         )
 
 
-def probes(vocab: int, max_length: int) -> list[list[int]]:
-    """Random texts of `_LENGTHS`, none longer than the model takes; the same for the same arguments."""
+def probes(vocab: int, lengths: Sequence[int]) -> list[list[int]]:
+    """Random texts of `lengths`; the same for the same arguments."""
     draw = np.random.default_rng(0)
-    lengths = sorted({min(length, max_length) for length in _LENGTHS})
     return [draw.integers(0, vocab, length).tolist() for length in lengths]
 
 

@@ -5,6 +5,8 @@ and normalization stand as well, so that what a padded row holds behind its text
 """
 
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +16,12 @@ from transformers import PreTrainedModel
 
 from export.decoder import failure
 from export.errors import UnsupportedModel
+from export.library_messages import silence
 from export.operators import TRANSLATIONS
+from export.rotary import choose_by_row
 from export.sentence import Sentence
 from export.survey import PROBE_TOKENS, probe_tokens, watching_tables
+from export.trace_progress import watching
 from runtime.bundle import Encoder
 
 UNKNOWN_LENGTH = 2048
@@ -33,6 +38,34 @@ class Survey:
     """It gives the same when it is told the positions 0, 1, ..., which it otherwise counts itself."""
     max_length: int
     """Positions it has."""
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The texts of a pass; see `rotary.Rows`."""
+
+    lengths: torch.Tensor
+
+    def longer_than(self, length: int) -> torch.Tensor:
+        return (self.lengths > length)[:, None]
+
+
+_texts: _Texts | None = None
+
+
+def _current() -> _Texts | None:
+    return _texts
+
+
+@contextmanager
+def _of_lengths(lengths: torch.Tensor) -> Iterator[None]:
+    """While this lasts, position factors that depend on a text's length are chosen by these [batch]."""
+    global _texts
+    _texts = _Texts(lengths)
+    try:
+        yield
+    finally:
+        _texts = None
 
 
 class EmbeddingModule(torch.nn.Module):
@@ -54,7 +87,8 @@ class EmbeddingModule(torch.nn.Module):
             inputs["position_ids"] = positions[None].expand(input_ids.shape)
         if self.takes_cache:
             inputs["use_cache"] = False
-        hidden = self.model(**inputs).last_hidden_state.float()
+        with _of_lengths(lengths):
+            hidden = self.model(**inputs).last_hidden_state.float()
         pooled = self.dense(self._pool(hidden, inside, lengths))
         return torch.nn.functional.normalize(pooled, dim=-1) if self.normalized else pooled
 
@@ -85,6 +119,7 @@ def survey(model: PreTrainedModel, sentence: Sentence) -> Survey:
             expected = plain(tokens, lengths)
     except Exception as error:  # transformers raises whatever the model's code does
         raise UnsupportedModel(f"{name} does not run on tokens alone: {error} ({type(error).__name__})") from error
+    choose_by_row(model, _current)
     takes = "position_ids" in inspect.signature(model.forward).parameters
     if takes:
         takes = _same(EmbeddingModule(model, sentence, takes_positions=True)(tokens, lengths), expected)
@@ -102,21 +137,27 @@ def survey(model: PreTrainedModel, sentence: Sentence) -> Survey:
 
 
 @torch.no_grad()
-def trace(model: PreTrainedModel, sentence: Sentence, seen: Survey) -> ir.Model:
-    """`EmbeddingModule` in ONNX IR: input_ids [batch, seq], lengths [batch] int64 -> embeddings [batch, dimensions] float32."""
+def trace(
+    model: PreTrainedModel, sentence: Sentence, seen: Survey, share: Callable[[float], None] = lambda share: None
+) -> ir.Model:
+    """`EmbeddingModule` in ONNX IR: input_ids [batch, seq], lengths [batch] int64 -> embeddings [batch, dimensions] float32.
+
+    `share` is told how much of the work is done, from 0 to 1.
+    """
     module = EmbeddingModule(model, sentence, seen.takes_positions).eval()
     try:
-        program = torch.onnx.export(
-            module,
-            (torch.ones(2, 5, dtype=torch.int64), torch.tensor([3, 5])),
-            dynamo=True,
-            dynamic_shapes=({0: "batch", 1: "seq"}, {0: "batch"}),
-            opset_version=23,
-            input_names=["input_ids", "lengths"],
-            output_names=["embeddings"],
-            custom_translation_table=TRANSLATIONS,
-            verbose=False,
-        )
+        with silence(), watching(module, share):
+            program = torch.onnx.export(
+                module,
+                (torch.ones(2, 5, dtype=torch.int64), torch.tensor([3, 5])),
+                dynamo=True,
+                dynamic_shapes=({0: "batch", 1: "seq"}, {0: "batch"}),
+                opset_version=23,
+                input_names=["input_ids", "lengths"],
+                output_names=["embeddings"],
+                custom_translation_table=TRANSLATIONS,
+                verbose=False,
+            )
     except Exception as error:  # torch.export hands on whatever the model's code raises under tracing
         raise UnsupportedModel(f"{type(model).__name__} cannot be traced to ONNX: {failure(error)}") from error
     assert program is not None

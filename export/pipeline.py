@@ -1,5 +1,6 @@
 """The whole way from a recipe to a published bundle."""
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,8 @@ from typing import Protocol
 import msgspec
 from transformers import PreTrainedModel
 
-from export import decoder, publish, sampling, sentence, source, tokenizer, tools, verify
+from export import decoder, greedy, positions, publish, sampling, sentence, source, tokenizer, tools, verify
+from export import far as far_rows
 from export.compile import Compiler
 from export.embeddings import EmbeddingJob
 from export.errors import ExportError, UnsupportedModel
@@ -22,8 +24,8 @@ from runtime.bundle import Bundle, Perplexity, SamplingDefaults, ToolFormat, Var
 from runtime.engine import EngineError
 from runtime.ort import OrtEngine
 
-UNKNOWN_LENGTH = 2048
-"""Positions of a model whose configuration names no limit (ALiBi models, mostly)."""
+MAX_LONG_PROMPTS = 6
+"""Prompts that verify past lengths of the configuration, at the most."""
 LEAST_AGREEMENT = 0.5
 """Share of greedy tokens below which a quantized variant is taken for broken rather than for coarse."""
 
@@ -52,9 +54,13 @@ class Stage:
     progress: Progress
     note: str = ""
 
+    done: float = 0.0
+    """The largest share that was told."""
+
     def advance(self, share: float) -> None:
-        """Tell how much of it is done, from 0 to 1."""
-        self.progress.advance(self.name, share)
+        """Tell how much of it is done, from 0 to 1; less than was told before is not passed on."""
+        self.done = min(max(self.done, share), 1.0)
+        self.progress.advance(self.name, self.done)
 
     def notice(self, sentence: str) -> None:
         """Tell whoever exports what they should know of it."""
@@ -82,14 +88,20 @@ class Export:
         Nothing is left behind when it fails, and an older bundle of that name stays as it was. Variants that the older
         bundle has and the recipe does not are kept when both come from the same weights.
         """
+        publish.check_writable(self.engines)
         sample = None if self.text is None else _read(self.text)
         template = None if recipe.chat_template is None else tokenizer.read_template(Path(recipe.chat_template))
         with self._stage("fetch") as stage:
-            checkpoint = source.fetch(recipe.model, self.cache)
+            checkpoint = source.fetch(recipe.model, self.cache, trust_remote_code=recipe.trust_remote_code, share=stage.advance)
             stage.note = f"{checkpoint.source.kind} {checkpoint.source.name}"
         with self._stage("load") as stage:
-            model = source.load(checkpoint, recipe.task)
+            lines: list[str] = []
+            model = source.load(
+                checkpoint, recipe.task, trust_remote_code=recipe.trust_remote_code, notes=lines, share=stage.advance
+            )
             stage.note = f"{model.config.model_type}, {model.num_parameters() / 1e6:.0f}M parameters"
+        for line in lines:
+            self.progress.notice(line)
         text, written, authors = self._text_side(recipe, checkpoint, model, template)
         folder = self.engines / recipe.name
         with publish.workshop(self.engines, recipe.name) as workshop:
@@ -102,9 +114,8 @@ class Export:
                 )
             else:
                 with self._stage("survey") as stage:
-                    seen = decoder.survey(model)
-                    fused = sum(layer.fused for layer in seen.layers)
-                    stage.note = f"{len(seen.layers)} layers, {fused} with fused attention"
+                    seen = decoder.survey(model, recipe.max_length)
+                    stage.note = _survey_note(seen)
                 job = _Job(self, model, seen, workshop, text, sample)
             texts = tokenizer.write_text(text, workshop)
             variants = tuple(job.build(build) for build in recipe.variants)
@@ -146,6 +157,7 @@ class Export:
                 generation_config=getattr(model, "generation_config", None),
                 choice=recipe.tokenizer,
                 template=template,
+                trust_remote_code=recipe.trust_remote_code,
             )
             written = tools.detect(text) if recipe.tools is None else tools.named(recipe.tools)
             authors, notes = SamplingDefaults(), text.notes
@@ -185,8 +197,7 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.vocab = int(self.model.get_output_embeddings().weight.shape[0])
-        config = self.model.config.get_text_config(decoder=True)
-        self.max_length = int(getattr(config, "max_position_embeddings", None) or UNKNOWN_LENGTH)
+        self.max_length = self.seen.max_length
         self._reference: float | None = None
         self._compiler = Compiler(
             self.model, self.seen, self.vocab, self.max_length, self.export.cache.with_name("tensorrt"), self.export._stage
@@ -203,7 +214,8 @@ class _Job:
             with self.export._stage(f"{variant.name}: verify") as stage:
                 stage.note = "left out: ONNX Runtime has no bfloat16 kernels for the CPU"
             return variant
-        context = min(self.max_length, verify.WINDOW)
+        far = self._far_rows()
+        context = min(self.max_length, max(verify.WINDOW, *self._long_rows(), *far))
         graph = variant
         if variant.plan is not None:  # whose ONNX says the same as the plan, and runs here
             context, graph = variant.plan.capacity, msgspec.structs.replace(variant, model=variant.plan.source)
@@ -213,7 +225,7 @@ class _Job:
             raise ExportError(f"variant {variant.name!r} was compiled but cannot be run here: {error}") from error
         try:
             if self.export.verify:
-                variant = msgspec.structs.replace(variant, verification=self._verify(engine, variant))
+                variant = msgspec.structs.replace(variant, verification=self._verify(engine, variant, far))
             if self.export.text is not None and self.sample is not None:
                 perplexity = self._perplexity(engine, variant, self.export.text, self.sample)
                 variant = msgspec.structs.replace(variant, perplexity=perplexity)
@@ -223,18 +235,64 @@ class _Job:
             engine.close()
         return variant
 
-    def _verify(self, engine: OrtEngine, variant: Variant) -> Verification:
+    def _verify(self, engine: OrtEngine, variant: Variant, far: tuple[int, ...]) -> Verification:
+        tie = verify.TIES.get(variant.precision, verify.TIE)
         with self.export._stage(f"{variant.name}: verify") as stage:
-            prompts = [self._encode(prompt)[: engine.context - verify.TOKENS] for prompt in verify.PROMPTS]
-            answers = verify.continue_prompts(engine, prompts)
-            agreement = verify.compare(self.model, prompts, answers, verify.TIES.get(variant.precision, verify.TIE))
+            count = min(verify.TOKENS, engine.context // 2)
+            prompts = self._prompts(engine.context - count, count)
+            answers = greedy.answer(engine, prompts, count, verify.CHUNK)
+            agreement = verify.compare(self.model, prompts, answers, tie, self.seen.length_boundaries)
+            longest = max(map(len, prompts)) + count
+            stage.advance(0.5)
+            self._judge(variant, agreement)
+            for length in (length for length in far if length <= engine.context):
+                coarse = tie if variant.precision in verify.TIES else verify.COARSE_TIE
+                found = far_rows.compare(engine, self.model, self.seen, length, coarse)
+                if found is not None:
+                    self._judge_far(variant, found, length)
+                    longest = max(longest, length)
             stage.note = f"{agreement.equal} of {agreement.compared} greedy tokens are transformers'"
             if agreement.ties:
                 stage.note += f", {agreement.ties} tied"
-            self._judge(variant, agreement)
+            stage.note += f", in rows of up to {longest} tokens"
         return Verification(
-            f"transformers {version('transformers')}, fp32", len(prompts), agreement.compared, agreement.equal + agreement.ties
+            f"transformers {version('transformers')}, fp32",
+            len(prompts),
+            agreement.compared,
+            agreement.equal + agreement.ties,
+            longest=longest,
         )
+
+    def _prompts(self, room: int, answer: int) -> list[list[int]]:
+        """Prompts of at most `room` tokens: the texts, and the same words one after another past lengths of the
+        configuration.
+        """
+        texts = [self._encode(text) for text in verify.PROMPTS]
+        words = list(itertools.chain.from_iterable(texts))
+        around = [size for length in self._long_rows() for size in (length - answer // 2, length + 3)]
+        sizes = sorted({min(size, room) for size in around if size > max(map(len, texts))})[-MAX_LONG_PROMPTS:]
+        long = [(words * (size // len(words) + 1))[:size] for size in sizes]
+        return [text[:room] for text in texts] + long
+
+    def _long_rows(self) -> tuple[int, ...]:
+        """Lengths of the model's configuration, and its last one, as far as rows of them can be computed as a whole."""
+        config = self.model.config.get_text_config(decoder=True)
+        lengths = {*positions.configured_lengths(config, self.max_length), *self.seen.length_boundaries, self.max_length}
+        return tuple(sorted(length for length in lengths if positions.affordable(self.model, length)))
+
+    def _far_rows(self) -> tuple[int, ...]:
+        """Of the lengths where something may change, those of rows over a past that must be made up."""
+        lengths = positions.row_lengths(self.model.config.get_text_config(decoder=True), self.max_length)
+        kept = positions.within_memory(self.model, self.seen, lengths)
+        return tuple(length for length in kept if not positions.affordable(self.model, length))
+
+    def _judge_far(self, variant: Variant, found: verify.Agreement, length: int) -> None:
+        if found.different:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__}: at the end of a row of {length} tokens the engine's tokens differ from "
+                f"transformers' in {found.different} of {found.compared} places ({found.first}). Nothing was published "
+                f"(--max-length {length - 1} or less may leave the difference out; --no-verify publishes it all the same)"
+            )
 
     def _judge(self, variant: Variant, agreement: verify.Agreement) -> None:
         name = type(self.model).__name__
@@ -252,7 +310,7 @@ class _Job:
 
     def _perplexity(self, engine: OrtEngine, variant: Variant, path: Path, sample: str) -> Perplexity:
         with self.export._stage(f"{variant.name}: perplexity") as stage:
-            tokens = self._encode(sample)[: self.export.text_tokens]
+            tokens = self._encode(sample, least=0)[: self.export.text_tokens]
             if len(tokens) < 2:
                 raise ExportError(f"{path} has too little text to measure perplexity on; name a longer one")
             window = min(verify.WINDOW, engine.context)
@@ -265,11 +323,31 @@ class _Job:
             )
         if not math.isfinite(value):
             raise UnsupportedModel(f"variant {variant.name!r} gives no finite probabilities; try another precision")
+        allowed = verify.MAX_CHANGE.get(variant.precision)
+        if self.export.verify and allowed is not None and abs(change) > allowed:
+            raise UnsupportedModel(
+                f"variant {variant.name!r} has a perplexity of {value:.3f} over {path.name} where transformers has "
+                f"{self._reference:.3f} ({change:+.2%}), which is more than rounding; the model does something that the step "
+                "contract does not carry. Nothing was published (--no-verify publishes it all the same)"
+            )
         return Perplexity(path.name, len(tokens), value, self._reference)
 
-    def _encode(self, text: str) -> list[int]:
-        ids = [token for token in self.text.tokenizer.encode(text).ids if token < self.vocab]
-        return ids or [0]
+    def _encode(self, text: str, least: int = 2) -> list[int]:
+        ids = self.text.tokenizer.encode(text).ids
+        if len(ids) < least or max(ids, default=0) >= self.vocab:
+            raise ExportError(
+                f"the tokenizer makes {ids[:8]} of {text[:40]!r}, and the model has {self.vocab} tokens: they do not belong "
+                "together, so nothing can be verified; fetch the model's own tokenizer"
+            )
+        return ids
+
+
+def _survey_note(seen: decoder.Survey) -> str:
+    fused = sum(layer.fused for layer in seen.layers)
+    note = f"{len(seen.layers)} layers, {fused} with fused attention, rows of up to {seen.checked_length} tokens compared"
+    for boundary in seen.length_boundaries:
+        note += f"; rows longer than {boundary} are computed with other factors"
+    return note
 
 
 def _embeddings(model: PreTrainedModel) -> int:

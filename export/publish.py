@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ RETIRED = ".old"
 """Ends the name of a bundle that is being replaced."""
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextmanager
 def workshop(engines: Path, name: str) -> Iterator[Path]:
     """A folder in `engines` for the bundle-to-be, which is gone afterwards whatever happens.
@@ -29,7 +33,7 @@ def workshop(engines: Path, name: str) -> Iterator[Path]:
         folder.mkdir(parents=True)
         yield folder
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _FULL:
             free = shutil.disk_usage(engines).free >> 20
             raise ExportError(
                 f"the disk that holds {engines} is full ({free} MiB free): {error.strerror}; free some space or give "
@@ -38,6 +42,22 @@ def workshop(engines: Path, name: str) -> Iterator[Path]:
         raise ExportError(f"{engines} cannot be written: {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_writable(engines: Path) -> None:
+    """Refuse a place where no bundle can be written, before anything is loaded. Raises ExportError."""
+    place = engines
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ExportError(f"{engines} cannot be written: {place} is a file; give a folder with --engines")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        if error.errno in _FULL:
+            return  # what is written later says how much is free
+        raise ExportError(f"{engines} cannot be written: {error.strerror}; give another folder with --engines") from error
 
 
 def keep_variants(old: Path, new: Path, made: Bundle) -> tuple[Variant, ...]:

@@ -9,7 +9,7 @@ product of its own, so it is carried along in the same operator:
 with blocksum(x) appended to x and the shift, in 4 bits, to W.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -57,16 +57,18 @@ class Report:
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
-def quantize(model: ir.Model, bits: int, vocab: int) -> Report:
+def quantize(model: ir.Model, bits: int, vocab: int, share: Callable[[float], None] = lambda share: None) -> Report:
     """Quantize `model`'s projections to `bits` (4 or 8), its embedding and LM head to 8, in place.
 
     The embedding and a tied LM head come out as the same bytes, which `graph.write` stores once. Routers and the stacked
-    weights of experts are left alone.
+    weights of experts are left alone. `share` is told how much is done, from 0 to 1.
     """
     report = quantize_embeddings(model, vocab)
     rewriter = _Rewriter(model.graph, bits, vocab, report)
-    for node in list(model.graph):
+    nodes = list(model.graph)
+    for number, node in enumerate(nodes):
         rewriter.product(node)
+        share((number + 1) / len(nodes))
     return report
 
 

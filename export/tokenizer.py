@@ -24,6 +24,7 @@ from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from export import corpus
 from export.errors import ExportError
+from export.library_messages import in_few_words
 from export.recipe import TokenizerChoice
 from export.splits import SPLITS
 from runtime.bundle import DEFAULT_TEMPLATE, MORE_TEMPLATES, TEMPLATE, TOKENIZER
@@ -76,6 +77,7 @@ def read_text(
     generation_config: GenerationConfig | None = None,
     choice: TokenizerChoice = "file",
     template: str | None = None,
+    trust_remote_code: bool = False,
 ) -> TextSide:
     """The text side of the model in `folder`, or of the file `gguf_file` in it.
 
@@ -83,7 +85,7 @@ def read_text(
     of all that the model has. Raises ExportError.
     """
     folder = Path(folder)
-    side = _of_folder(folder, choice) if gguf_file is None else _of_gguf(folder / gguf_file, choice)
+    side = _of_folder(folder, choice, trust_remote_code) if gguf_file is None else _of_gguf(folder / gguf_file, choice)
     more = generation_config.eos_token_id if generation_config is not None else None
     stop_ids = _distinct((*side.stop_ids, *(more if isinstance(more, list | tuple) else [more])))
     if not all(isinstance(id, int) for id in stop_ids):
@@ -152,19 +154,19 @@ def write_text(side: TextSide, folder: Path) -> tuple[str, ...]:
     return tuple(written)
 
 
-def _of_folder(folder: Path, choice: TokenizerChoice) -> TextSide:
+def _of_folder(folder: Path, choice: TokenizerChoice, trust_remote_code: bool) -> TextSide:
     if not any(next(folder.glob(pattern), None) for pattern in _FILES):
         raise ExportError(
             f"{folder} has no tokenizer: {FILES} were looked for; copy the tokenizer's files of the original model there"
         )
     if not (folder / "tokenizer.json").is_file():
-        return _side(_fast(_by_class(folder), folder))
+        return _side(_fast(_by_class(folder, trust_remote_code=trust_remote_code), folder))
     published = _published(folder)
     if choice == "transformers":
-        rebuilt = _fast(_by_class(folder), folder)
+        rebuilt = _fast(_by_class(folder, trust_remote_code=trust_remote_code), folder)
         return replace(_side(rebuilt), notes=_compared(published, rebuilt, choice))
     try:
-        by_class = _by_class(folder)
+        by_class = _by_class(folder, trust_remote_code=trust_remote_code)
     except ExportError as error:
         return replace(_side(published), notes=(f"tokenizer.json is taken as it is: {error}",))
     if not isinstance(by_class, PreTrainedTokenizerFast):
@@ -188,14 +190,14 @@ def _published(folder: Path) -> PreTrainedTokenizerFast:
     return loaded
 
 
-def _by_class(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
+def _by_class(folder: Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedTokenizerBase:
     """What AutoTokenizer makes of the folder's files; raises ExportError."""
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **options
+            folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
         )
     except Exception as error:  # transformers raises whatever the file's reader did.
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = in_few_words(str(error) or type(error).__name__)
         raise ExportError(f"{folder} has no tokenizer that transformers can load: {said}") from error
     return loaded
 

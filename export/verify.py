@@ -1,14 +1,13 @@
 """The proof before a bundle is published: its engine's greedy tokens against transformers', and its perplexity."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from export.step import plain_attention
 from runtime.engine import Batch, Draw, Engine, Int64
 
 TOKENS = 24
@@ -19,6 +18,11 @@ TIE = 1e-4
 """Two logits closer than this share of the row's spread are a tie, which rounding decides."""
 TIES = {"fp32": TIE, "fp16": 3e-3, "bf16": 2e-2}
 """The same by precision, for those that are to agree everywhere: a logit is the sum of products rounded to 11 or 8 bits."""
+COARSE_TIE = 0.2
+"""The same for quantized variants, where only an engine that is wrong altogether is to be seen."""
+MAX_CHANGE = {"fp32": 1e-3, "fp16": 1e-2}
+"""Share by which a perplexity may differ from the reference's, by precision: rounding changes one in float32 by a hundredth
+of it."""
 WINDOW = 1024
 """Tokens that perplexity conditions on at the most: the text is read in windows of this length."""
 
@@ -43,6 +47,11 @@ class Agreement:
     ties: int
     first: str
     """Where the first real difference is, in words; empty without one."""
+
+    def __add__(self, other: "Agreement") -> "Agreement":
+        """Both together; the first difference is this one's, if it has any."""
+        sums = self.compared + other.compared, self.equal + other.equal, self.ties + other.ties
+        return Agreement(*sums, self.first or other.first)
 
     @property
     def different(self) -> int:
@@ -73,25 +82,53 @@ def continue_prompts(engine: Engine, prompts: list[list[int]], count: int = TOKE
 
 
 @torch.no_grad()
-def compare(model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]], tie: float = TIE) -> Agreement:
-    """Judge each token of `answers` by one plain forward pass of `model` over the prompt and the answer before it."""
-    compared = equal = ties = 0
-    first = ""
+def reference_logits(model: PreTrainedModel, tokens: list[int], boundaries: tuple[int, ...] = ()) -> torch.Tensor:
+    """transformers' own logits [len(tokens), vocab] float32, each after the tokens up to it, in plain passes without a cache.
+
+    One pass says all of them, but where the model computes rows longer than one of `boundaries` in another way: then those of
+    the shorter rows come from a pass that ends there.
+    """
+    found: list[torch.Tensor] = []
     with plain_attention(model):
-        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            tokens = torch.tensor([prompt + answer[:-1]])
-            logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 :].float()
-            chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
-            best, where = logits.max(-1)
-            gap = (best - chosen) / (best - logits.min(-1).values).clamp(min=1e-30)
-            same = where == torch.tensor(answer)
-            tied = ~same & (gap < tie)
-            compared, equal, ties = compared + len(answer), equal + int(same.sum()), ties + int(tied.sum())
-            wrong = torch.nonzero(~same & ~tied)
-            if len(wrong) and not first:
-                at = int(wrong[0])
-                first = f"prompt {number}, token {at}: {answer[at]} where transformers has {int(where[at])}"
-    return Agreement(compared, equal, ties, first)
+        done = 0
+        for end in (*(boundary for boundary in boundaries if boundary < len(tokens)), len(tokens)):
+            logits = model(input_ids=torch.tensor([tokens[:end]]), use_cache=False).logits[0]
+            found.append(logits[done:].float())
+            done = end
+    return torch.cat(found)
+
+
+def compare(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+    tie: float = TIE,
+    boundaries: tuple[int, ...] = (),
+) -> Agreement:
+    """Judge each token of `answers` by `model`'s own logits after the prompt and the answer before it; see
+    `reference_logits`.
+    """
+    found = Agreement(0, 0, 0, "")
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        logits = reference_logits(model, prompt + answer[:-1], boundaries)[len(prompt) - 1 :]
+        one = judge(logits, torch.tensor(answer), tie)
+        where = f"prompt {number} of {len(prompt)} tokens, {one.first}" if one.first else ""
+        found += replace(one, first=where)
+    return found
+
+
+def judge(logits: torch.Tensor, tokens: torch.Tensor, tie: float) -> Agreement:
+    """`tokens` [count] int64 beside the likeliest ones by the reference's `logits` [count, vocab] in the same places."""
+    chosen = logits.gather(1, tokens[:, None])[:, 0]
+    best, where = logits.max(-1)
+    gap = (best - chosen) / (best - logits.min(-1).values).clamp(min=1e-30)
+    same = where == tokens
+    tied = ~same & (gap < tie)
+    wrong = torch.nonzero(~same & ~tied)
+    first = (
+        f"token {int(wrong[0])}: {int(tokens[wrong[0]])} where transformers has {int(where[wrong[0]])}" if len(wrong) else ""
+    )
+    return Agreement(len(tokens), int(same.sum()), int(tied.sum()), first)
 
 
 def engine_perplexity(engine: Engine, tokens: list[int], window: int = WINDOW, chunk: int = 128) -> float:
@@ -104,7 +141,8 @@ def engine_perplexity(engine: Engine, tokens: list[int], window: int = WINDOW, c
             ids = part[at : at + chunk]
             targets = part[at + 1 : at + 1 + chunk]
             end = np.array([at + len(ids)], np.int32)
-            _, logprobs = engine.step(Batch(0, ids[None], end, np.arange(len(targets), dtype=np.int64), Draw.force(targets)))
+            rows, whole = np.arange(len(targets), dtype=np.int64), np.array([len(part)], np.int32)
+            _, logprobs = engine.step(Batch(0, ids[None], end, rows, Draw.force(targets), whole))
             total, count = total - float(logprobs.sum()), count + len(targets)
     return math.exp(total / count)
 
@@ -120,19 +158,3 @@ def reference_perplexity(model: PreTrainedModel, tokens: list[int], window: int 
             total += float(torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="sum"))
             count += part.shape[1] - 1
     return math.exp(total / count)
-
-
-@contextmanager
-def plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """While this lasts, `model` attends as transformers wrote it, even after it was prepared for tracing."""
-    configs = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
-    saved = [
-        (config, config._attn_implementation_internal) for config in configs if hasattr(config, "_attn_implementation_internal")
-    ]
-    try:
-        for config, _ in saved:
-            config._attn_implementation_internal = "eager"
-        yield
-    finally:
-        for config, implementation in reversed(saved):
-            config._attn_implementation_internal = implementation

@@ -58,7 +58,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     revision: str | None = None
     """The hub's commit."""
     sha256: str | None = None
-    """Of the GGUF file or, for a folder, of its weight files' hashes in name order."""
+    """Of the GGUF file or, for a folder and a GGUF in parts, of its weight files' hashes in name order."""
     license: str | None = None
 
 
@@ -98,6 +98,8 @@ class Verification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tokens compared."""
     equal: int
     """Tokens that were the reference's own; in a quantized variant each is judged after the engine's own past."""
+    longest: int = 0
+    """Tokens of the longest row that was compared; 0 where it is not known."""
     cosine: float | None = None
     """Of a model for embeddings, whose texts are counted above in place of tokens: the least cosine between the engine's and
     the reference's embedding of a text."""
@@ -181,6 +183,8 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Path of the one that also takes masks and adjustments, and tells alternatives; None where `model` itself does."""
     plan: Plan | None = None
     """Where `model` is a TensorRT plan."""
+    length_boundaries: tuple[int, ...] = ()
+    """Row lengths past which the model computes every position in another way, ascending: see `Engine.length_boundaries`."""
     verification: Verification | None = None
     perplexity: Perplexity | None = None
 

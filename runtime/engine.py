@@ -95,6 +95,9 @@ class Batch:
     logit_rows: Int64
     """[rows]: indices into the flattened [batch * seq] whose next token is wanted; none in a chunk that is not the last."""
     draw: Draw
+    rope_lengths: Int32 | None = None
+    """[batch]: tokens that each row is to have when it is complete, which its position factors are chosen for; None where
+    that is `kv_lengths`. Only the side of `Engine.length_boundaries` matters on which it lies."""
 
 
 class Engine(Protocol):
@@ -116,6 +119,9 @@ class Engine(Protocol):
     """Logit rows that a step should have, at most."""
     runs_ahead: bool
     """The engine makes use of `ahead`."""
+    length_boundaries: tuple[int, ...]
+    """Row lengths past which the model computes every position in another way, ascending: the keys and values of a row that
+    grows past one are to be computed anew. Empty for most models."""
 
     def step(self, batch: Batch, ahead: Draw | None = None) -> tuple[Int64, Float32]:
         """Write the new tokens' keys and values, choose tokens: (token ids [rows], log-probabilities [rows]).

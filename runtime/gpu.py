@@ -77,8 +77,18 @@ class GpuEngine:
     runs_ahead = True
     many_cost, row_cost = MANY_COST, ROW_COST
 
-    def __init__(self, cuda: Accelerator, memory: Memory, backend: Backend, *, chunk: int, step_bytes: int) -> None:
+    def __init__(
+        self,
+        cuda: Accelerator,
+        memory: Memory,
+        backend: Backend,
+        *,
+        chunk: int,
+        step_bytes: int,
+        length_boundaries: tuple[int, ...] = (),
+    ) -> None:
         """Own `cuda`, whose memory `close` gives back. `step_bytes` of weights are read by a step of one token."""
+        self.length_boundaries = length_boundaries
         self.slots, self.context, self.vocab_size, self.chunk = memory.slots, memory.context, memory.vocab_size, chunk
         self.rows, self.step_cost = memory.rows, BYTE_COST * step_bytes
         self._cuda, self._memory, self._backend = cuda, memory, backend
@@ -265,6 +275,7 @@ def _arrays(batch: Batch, sampled: bool) -> dict[str, Array]:
         "input_ids": batch.input_ids,
         "position_ids": batch.kv_lengths.astype(np.int64)[:, None] - seq + np.arange(seq),
         "kv_lengths": batch.kv_lengths,
+        "rope_lengths": batch.kv_lengths if batch.rope_lengths is None else batch.rope_lengths,
         "logit_rows": batch.logit_rows,
     }
     for name in SAMPLING if sampled else ("forced",):

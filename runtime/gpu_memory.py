@@ -139,6 +139,7 @@ class Memory:
                 "input_ids": (np.int64, tokens),
                 "position_ids": (np.int64, tokens),
                 "kv_lengths": (np.int32, slots),
+                "rope_lengths": (np.int32, slots),
                 "logit_rows": (np.int64, rows),
                 **{name: (dtype, rows) for name, dtype in SAMPLING.items()},
             }
@@ -201,7 +202,9 @@ class Memory:
             return shape.rows, shape.adjusted
         if name in TOPS:
             return shape.rows, self.alternatives
-        return ({"kv_lengths": shape.batch, "kv_range": shape.longest}.get(name, shape.rows),)
+        if name in ("kv_lengths", "rope_lengths"):
+            return (shape.batch,)
+        return (shape.longest if name == "kv_range" else shape.rows,)
 
     # A step's way --------------------------------------------------------------------------------------------------
 
@@ -222,7 +225,8 @@ class Memory:
             view = self.inputs.view(lane.inputs, name, count)
             view[: array.size] = array.reshape(-1)
             if array.size < count:
-                rest = {"position_ids": self.context, "kv_lengths": self.context + 1, **_UNREAD}
+                lengths = dict.fromkeys(("kv_lengths", "rope_lengths"), self.context + 1)
+                rest = {"position_ids": self.context, **lengths, **_UNREAD}
                 view[array.size :] = rest.get(name, 0)
 
     def send(self, lane: Lane, continuing: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Loop:
         self.drafter = drafter
         self.grammars = grammars
         self.counters = Counters()
-        self.slots = Slots(engine.slots, [engine] if drafter is None else [engine, drafter])
+        self.slots = Slots(engine.slots, [engine] if drafter is None else [engine, drafter], engine.length_boundaries)
         self._pace = Pace()
         self._iteration = 0
         self._clock = clock
@@ -90,12 +91,19 @@ class Loop:
         self._unlooked: list[Matcher] = []
         """Of sequences whose masks must be found anew, since they have a new token."""
         self._deadlines = Deadlines()
+        self._outgrown: deque[Sequence] = deque()
+        """Sequences that have passed one of the engine's boundaries: they are prefilled again, before any that wait."""
         self._by_key: dict[tuple[bytes, str], Sequence] = {}
 
     @property
     def running(self) -> int:
-        """Sequences that hold a slot."""
-        return self.engine.slots - self.slots.free
+        """Sequences that hold a slot, or will get theirs back."""
+        return self.engine.slots - self._free
+
+    @property
+    def _free(self) -> int:
+        """Slots for sequences that wait."""
+        return self.slots.free - len(self._outgrown)
 
     @property
     def waiting(self) -> int:
@@ -158,7 +166,7 @@ class Loop:
 
     def _full(self, tokens: int) -> str | None:
         """Why a request of up to `tokens` tokens cannot wait; None where it can. Those for whom a slot is free do not wait."""
-        requests, free = self.waiting, self.slots.free
+        requests, free = self.waiting, self._free
         if requests >= self.queue + free:
             return f"{requests} requests wait already"
         if requests > free and self.waiting_tokens + tokens > self.queue_tokens + free * self.engine.context:
@@ -178,12 +186,13 @@ class Loop:
         plain = self._plain_cost()
         deadline = time.monotonic() + PATIENCE
         ready = [sequence for sequence in self.slots.decoding if _ready(sequence, deadline)]
+        ready = self._grown(ready)
         plans = {sequence: plan for sequence in ready if (plan := self._plan(sequence, plain)).count}
         news += self._verify_some(plans)
         news += self._prefill(time.perf_counter() - start)
         self._look()
         deadline = time.monotonic() + PATIENCE
-        others = [sequence for sequence in self.slots.decoding if sequence not in plans]
+        others = [s for s in self.slots.decoding if s not in plans and s.length <= self.slots.room(s)]
         news += self._decode([sequence for sequence in others if _ready(sequence, deadline)])
         self._look()
         return news
@@ -212,6 +221,16 @@ class Loop:
                 self._waiting.push(sequence)
         return news
 
+    def _grown(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Those of `sequences` that can go on; the others have grown past a boundary, and are to be computed anew."""
+        if not self.engine.length_boundaries:
+            return sequences
+        past = [sequence for sequence in sequences if sequence.length > self.slots.room(sequence)]
+        for sequence in past:
+            self.slots.restart(sequence)
+            self._outgrown.append(sequence)
+        return [sequence for sequence in sequences if sequence not in past]
+
     def _look(self) -> None:
         """Begin with the masks of those who took a token."""
         if self._unlooked and self.grammars is not None:
@@ -224,13 +243,16 @@ class Loop:
         budget = self._pace.prefill_tokens(self.prefill_budget, spent) if self.slots.decoding else self.prefill_budget
         while budget > 0:
             if self.slots.prefilling is None:
-                if not self._waiting or not self.slots.free:
+                if self._outgrown:
+                    self.slots.start(self._outgrown.popleft())
+                elif self._waiting and self._free > 0:
+                    self._start(self._waiting.pop())
+                else:
                     break
-                self._start(self._waiting.pop())
             sequence = self.slots.prefilling
             assert sequence is not None
-            most = min(self.engine.chunk, self.engine.rows) if sequence.request.prompt_logprobs else self.engine.chunk
-            chunk = _chunk(sequence.prompt_left, min(max(budget, _TILE), most))
+            most = min(self.engine.chunk, self.engine.rows) if sequence.scores_prompt else self.engine.chunk
+            chunk = _chunk(sequence.prefix_left, min(max(budget, _TILE), most))
             budget -= chunk
             news += self._prefill_chunk(sequence, chunk)
         return news
@@ -245,38 +267,40 @@ class Loop:
 
     def _prefill_chunk(self, sequence: Sequence, size: int) -> list[News]:
         end = sequence.computed + size
-        last = end == len(sequence.prompt)
+        last = end == sequence.prefix_length
         places = [Place(sequence)] if last else []
-        if sequence.request.prompt_logprobs:
+        if sequence.scores_prompt:
             places = [
                 Place(sequence, forced=token) for token in sequence.prompt[sequence.computed + 1 : end + 1].tolist()
             ] + places
         start = time.perf_counter()
         batch = Batch(
             first_slot=sequence.slot,
-            input_ids=sequence.prompt[None, sequence.computed : end],
+            input_ids=sequence.prefix[None, sequence.computed : end],
             kv_lengths=np.array([end], np.int32),
             logit_rows=np.arange(size - len(places), size, dtype=np.int64),
             draw=draw(places),
+            rope_lengths=np.array([sequence.prefix_length], np.int32),
         )
         outcome = self._run(batch, [sequence])
         if isinstance(outcome, list):
             return outcome
         tokens, logprobs = outcome
         tops = self._alternatives(batch.draw, [sequence] * len(tokens))
-        if sequence.request.prompt_logprobs:
+        if sequence.scores_prompt:
             scored = size - last
             sequence.scored += map(Scored, logprobs[:scored], tops[:scored])
         if self._speculates(sequence):
-            self._ask_drafter(lambda drafter: drafter.read(sequence.slot, sequence.prompt[:end]))
+            self._ask_drafter(lambda drafter: drafter.read(sequence.slot, sequence.prefix[:end]))
         self._pace.prefilled(size, time.perf_counter() - start)
         sequence.computed = end
         self.slots.prefilled(sequence)
-        self.counters.prompt_tokens += size
+        if not sequence.replayed:
+            self.counters.prompt_tokens += size
         if not last:
             return []
         self.slots.promote()
-        if self._speculates(sequence):
+        if self._speculates(sequence) and sequence.lookup is None:
             sequence.lookup = Lookup(sequence.request.prompt, sequence.request.prediction)
         return [self._take(sequence, tokens[-1:], logprobs[-1:], tops[-1:])]
 
@@ -307,11 +331,11 @@ class Loop:
         """The draws of the next decode step, where it is likely to be for the same rows; None where it is not."""
         if not self.engine.runs_ahead or len(rows) != len(sequences) or len(rows) != len(self.slots.decoding):
             return None
-        if self.slots.prefilling is not None or (self._waiting and self.slots.free):
+        if self.slots.prefilling is not None or self._outgrown or (self._waiting and self.slots.free):
             return None
         if any(s.length + 1 >= self.engine.context or len(s.tokens) + 1 >= s.request.max_tokens for s in rows):
             return None
-        if not all(s.foreseeable for s in rows):
+        if not all(s.foreseeable and s.length < self.slots.room(s) for s in rows):
             return None
         return draw([Place(s, (UNKNOWN,)) for s in rows])
 
@@ -324,7 +348,8 @@ class Loop:
 
     def _plan(self, sequence: Sequence, plain: float) -> Plan:
         """How many of its next tokens are worth guessing where one costs `plain` without guesses."""
-        room = min(sequence.request.max_tokens - len(sequence.tokens) - 1, self.engine.context - sequence.length)
+        end = int(min(self.engine.context, self.slots.room(sequence)))
+        room = min(sequence.request.max_tokens - len(sequence.tokens) - 1, end - sequence.length)
         fixed, cost = self.engine.many_cost, self.engine.row_cost
         if sequence.matcher is not None:
             certain = len(sequence.guess(room)) if self.speculation and sequence.request.speculation else 0
@@ -454,7 +479,9 @@ class Loop:
             compiling.cancel()
         if sequence.matcher is not None and self.grammars is not None:
             self.grammars.give_back(sequence.matcher)
-        if sequence.started is not None:
+        if sequence in self._outgrown:
+            self._outgrown.remove(sequence)
+        elif sequence.started is not None:
             self.slots.release(sequence)
         else:
             self.counters.waited(self._clock() - sequence.arrived)

@@ -1,8 +1,8 @@
 """What crosses a process boundary: msgpack over ZeroMQ, one frame a message.
 
 A worker binds a ROUTER socket; each front end connects a DEALER to it. A front end sends `Attach` and gets `Ready`; from
-then on it sends `Generate` and `Cancel`, and gets `Refused`, `Progress` and `Heartbeat`. Every `Generate` ends in exactly
-one `Refused` or one `Row` with a `finish`. Request ids are the front end's own; two front ends may use the same.
+then on it sends `Generate`, `Cancel` and `HeartbeatRequest`, and gets `Refused`, `Progress` and `Heartbeat`. Every `Generate`
+ends in exactly one `Refused` or one `Row` with a `finish`. Request ids are the front end's own; two of them may use the same.
 """
 
 from collections.abc import Callable
@@ -121,7 +121,14 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     id: str
 
 
-Request = Attach | Generate | Embed | Cancel
+class HeartbeatRequest(msgspec.Struct, frozen=True, tag=True):
+    """A `Heartbeat` is wanted as soon as the worker can send one: between two of its steps."""
+
+    number: int
+    """At least 1; the front end's own. The answer has it in `Heartbeat.number`."""
+
+
+Request = Attach | Generate | Embed | Cancel | HeartbeatRequest
 
 # Worker -> front end -----------------------------------------------------------------------------------------------
 
@@ -233,6 +240,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """Steps by the time that each took, as `tally.STEP_SECONDS`; `step_seconds` is the sum."""
     batch_counts: list[int] = []
     """Decode steps by their rows, as `tally.BATCH_ROWS`; `rows` is the sum."""
+    number: int = 0
+    """Of the `HeartbeatRequest` that it answers; 0 where nobody asked."""
 
 
 Reply = Ready | Refused | Progress | Embedded | Heartbeat

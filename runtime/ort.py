@@ -41,6 +41,7 @@ class OrtEngine:
             raise EngineError(f"variant {variant.name!r} keeps its cache in {variant.kv_dtype}, which the CPU does not serve")
         self.slots, self.context, self.vocab_size = slots, context, vocab_size
         self.chunk, self.rows, self.runs_ahead = CHUNK, max(slots, ROWS), False
+        self.length_boundaries = variant.length_boundaries
         self.many_cost = _MANY_COST.get(variant.precision, 0.2)
         self.row_cost = _ROW_COST.get(variant.precision, 0.13)
         self.step_cost = _BYTE_COST.get(variant.precision, 2.0) * (variant.step_bytes or variant.size)
@@ -87,6 +88,7 @@ class OrtEngine:
             "kv_lengths": batch.kv_lengths,
             "kv_range": self._kv_range[:longest],
             "kv_longest": longest,
+            "rope_lengths": batch.kv_lengths if batch.rope_lengths is None else batch.rope_lengths,
             "logit_rows": batch.logit_rows,
             **_draw_feeds(batch.draw),
         }
@@ -122,6 +124,12 @@ class OrtEngine:
             kept = buffer[other, :, :other_length].copy()
             buffer[other, :, :length] = buffer[one, :, :length]
             buffer[one, :, :other_length] = kept
+
+    def fill(self, slot: int, name: str, rows: npt.NDArray[np.generic]) -> None:
+        """Put `rows` [kv_heads, length, dim] into a slot as its first ones; `name` is what follows `past.` in the graph's
+        name.
+        """
+        self._kv[name][slot, :, : rows.shape[1]] = rows
 
     def close(self) -> None:
         """Drop the session and the slots."""

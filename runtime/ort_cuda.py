@@ -40,6 +40,7 @@ _TYPES: dict[str, Any] = {
     "kv_lengths": np.int32,
     "kv_longest": np.int32,
     "kv_range": np.int64,
+    "rope_lengths": np.int32,
     "logit_rows": np.int64,
     "logits": np.float32,
     "tokens": np.int64,
@@ -96,7 +97,14 @@ def load(
         model, records = compiling_session(folder / variant.model, provider, options, CHUNK, memory, cache), False
     cuda.account(max(before - cuda.free, 0))
     backend = Sessions(memory, variant.kv_dtype, (model, records), *samplers)
-    return GpuEngine(cuda, memory, backend, chunk=CHUNK, step_bytes=variant.step_bytes or variant.size)
+    return GpuEngine(
+        cuda,
+        memory,
+        backend,
+        chunk=CHUNK,
+        step_bytes=variant.step_bytes or variant.size,
+        length_boundaries=variant.length_boundaries,
+    )
 
 
 class Sessions:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 Provider = Literal["cuda", "tensorrt", "tensorrt-rtx"]
 
 _CPU, _CUDA, _RTX = "CPUExecutionProvider", "CUDAExecutionProvider", "NvTensorRTRTXExecutionProvider"
-_MODEL_INPUTS = ("input_ids", "position_ids", "kv_lengths", "kv_range", "logit_rows", "forced")
+_MODEL_INPUTS = ("input_ids", "position_ids", "kv_lengths", "kv_range", "rope_lengths", "logit_rows", "forced")
 """Those on the device, beside the slots."""
 _NAMES: dict[str, str] = {"cuda": _CUDA, "tensorrt": "TensorrtExecutionProvider", "tensorrt-rtx": _RTX}
 

@@ -30,6 +30,8 @@ class Sequence:
     cached: int = 0
     """Of these, prompt tokens whose keys and values stood in a slot already."""
     tokens: list[int] = field(default_factory=list)
+    replayed: int = 0
+    """Of these, those computed anew together with the prompt when the row had grown past one of the engine's boundaries."""
     finish: Finish | None = None
     matcher: Matcher | None = None
     """Its way through the grammar of its constraint; None where it has none, and until that is compiled."""
@@ -55,12 +57,22 @@ class Sequence:
         return np.array(self.request.prompt, np.int64)
 
     @property
+    def prefix(self) -> Int64:
+        """What is prefilled: the prompt, and the answer's tokens that are computed anew."""
+        return np.concatenate([self.prompt, np.array(self.tokens[: self.replayed], np.int64)]) if self.replayed else self.prompt
+
+    @property
+    def scores_prompt(self) -> bool:
+        """The prompt's own tokens are to be scored, and are not yet."""
+        return self.request.prompt_logprobs and not self.replayed
+
+    @property
     def reusable(self) -> Int64:
-        """Of the prompt, what need not be computed where it stands in a slot.
+        """Of the prefix, what need not be computed where it stands in a slot.
 
         The last token is always computed, for its logits, and never alone: a lone row would come out with other bits.
         """
-        return self.prompt[: 0 if self.request.prompt_logprobs else -2]
+        return self.prefix[: 0 if self.scores_prompt else -2]
 
     @property
     def foreseeable(self) -> bool:
@@ -78,14 +90,19 @@ class Sequence:
         return len(self.prompt) + len(self.tokens)
 
     @property
-    def prompt_left(self) -> int:
-        """Prompt tokens that are not computed yet."""
-        return max(0, len(self.prompt) - self.computed)
+    def prefix_length(self) -> int:
+        """Tokens of the prefix."""
+        return len(self.prompt) + self.replayed
+
+    @property
+    def prefix_left(self) -> int:
+        """Tokens of the prefix that are not computed yet."""
+        return max(0, self.prefix_length - self.computed)
 
     @property
     def served(self) -> int:
         """Tokens that the engine worked on for it: computed prompt tokens and the answer's."""
-        return min(self.computed, len(self.prompt)) - self.cached + len(self.tokens)
+        return (len(self.prompt) if self.tokens else self.computed) - self.cached + len(self.tokens)
 
     @property
     def deadline(self) -> float:

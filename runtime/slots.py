@@ -1,5 +1,7 @@
 """Which sequence holds which KV slot, and which prompts' rows still stand in them.
 
+Of a model that computes long rows in another way than short ones, a prompt of one kind cannot use the rows of the other.
+
 A decode step runs over neighbouring slots, so the decoding sequences hold the first ones without a gap: a slot that falls
 free is filled by the last of them. What stood in it goes to that one's old place, so that a later prompt that begins alike
 finds its rows.
@@ -10,6 +12,8 @@ rows of decode steps and of prompts of one token are not reused.
 """
 
 import itertools
+import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -38,15 +42,20 @@ class Memory(Protocol):
 
 
 class Slots:
-    """The `count` slots of `memories`, which all hold the same sequences."""
+    """The `count` slots of `memories`, which all hold the same sequences; `boundaries` are those of
+    `Engine.length_boundaries`.
+    """
 
-    def __init__(self, count: int, memories: Iterable[Memory]) -> None:
+    def __init__(self, count: int, memories: Iterable[Memory], boundaries: tuple[int, ...] = ()) -> None:
         self._count = count
+        self._boundaries = boundaries
         self.memories = list(memories)
         self._prompts = [_NOTHING] * count
         """The tokens of the prompt whose prefilled rows stand in each slot, from position 0."""
-        self._index = Radix()
-        """Over `_prompts`."""
+        self._kinds = [0] * count
+        """As what kind of row, by `kind`, these were computed."""
+        self._index = [Radix() for _ in range(len(boundaries) + 1)]
+        """Over `_prompts`, by kind."""
         self._used = [0] * count
         """Grows with every use; the free slot with the least is overwritten first."""
         self._clock = itertools.count(1)
@@ -58,6 +67,17 @@ class Slots:
     def free(self) -> int:
         """Slots that nobody holds."""
         return self._count - len(self.decoding) - (self.prefilling is not None)
+
+    def kind(self, length: int) -> int:
+        """How many of the boundaries a row of `length` tokens has passed."""
+        return bisect_left(self._boundaries, length)
+
+    def room(self, sequence: Sequence) -> float:
+        """Tokens that `sequence` may have before its rows must be computed anew; inf where that is never."""
+        if not self._boundaries:
+            return math.inf
+        kind = self.kind(sequence.prefix_length)
+        return self._boundaries[kind] if kind < len(self._boundaries) else math.inf
 
     @property
     def held(self) -> Iterable[Sequence]:
@@ -72,7 +92,8 @@ class Slots:
         if not self.free or self.prefilling is not None:
             raise RuntimeError("no slot for a prefill")
         target = len(self.decoding)
-        common, sources = self._index.longest(sequence.reusable)
+        kind = self.kind(sequence.prefix_length)
+        common, sources = self._index[kind].longest(sequence.reusable)
         length = common - common % BLOCK
         source = target if target in sources else max(sources, key=self._used.__getitem__, default=target)
         whole = source > target and length == len(self._prompts[source])
@@ -84,15 +105,17 @@ class Slots:
             if source != target:
                 self._copy(source, target, length)
                 self._touch(source)
-        self._hold(target, sequence.prompt[:length])
+        self._hold(target, sequence.prefix[:length], kind)
         self._touch(target)
-        sequence.slot, sequence.computed, sequence.cached = target, length, length
+        sequence.slot, sequence.computed = target, length
+        if not sequence.replayed:
+            sequence.cached = length
         self.prefilling = sequence
 
     def prefilled(self, sequence: Sequence) -> None:
-        """Note that the rows of the sequence's prompt up to `computed` stand in its slot."""
-        if len(sequence.prompt) > 1:
-            self._hold(sequence.slot, sequence.prompt[: sequence.computed])
+        """Note that the rows of the sequence's prefix up to `computed` stand in its slot."""
+        if sequence.prefix_length > 1:
+            self._hold(sequence.slot, sequence.prefix[: sequence.computed], self.kind(sequence.prefix_length))
 
     def promote(self) -> Sequence:
         """The prefilled sequence decodes from now on; it is returned."""
@@ -116,10 +139,17 @@ class Slots:
             self._move(last, slot)
             self.decoding[slot] = last
 
+    def restart(self, sequence: Sequence) -> None:
+        """Take the slot back from `sequence`, which decodes; whatever it has of tokens is to be prefilled when it starts
+        again.
+        """
+        self.release(sequence)
+        sequence.replayed, sequence.computed = len(sequence.tokens), 0
+
     def forget(self) -> None:
         """Trust no row that stands in a slot; for after an engine has failed."""
         for slot in range(self._count):
-            self._hold(slot, _NOTHING)
+            self._hold(slot, _NOTHING, 0)
 
     def check(self) -> None:
         """Raise RuntimeError where the books do not agree; cheap enough for every idle moment."""
@@ -138,7 +168,7 @@ class Slots:
         oldest, prompt = self._oldest(), self._prompts[slot]
         if oldest != slot and len(prompt):
             self._copy(slot, oldest, len(prompt))
-            self._hold(oldest, prompt)
+            self._hold(oldest, prompt, self._kinds[slot])
             self._used[oldest] = self._used[slot]
 
     def _move(self, sequence: Sequence, slot: int) -> None:
@@ -151,19 +181,21 @@ class Slots:
         if one == other:
             return
         first, second = self._prompts[one], self._prompts[other]
+        kind, other_kind = self._kinds[one], self._kinds[other]
         for memory in self.memories:
             memory.exchange((one, max(keep, len(first))), (other, len(second)))
-        self._hold(one, second)
-        self._hold(other, first)
+        self._hold(one, second, other_kind)
+        self._hold(other, first, kind)
         self._used[one], self._used[other] = self._used[other], self._used[one]
 
     def _copy(self, source: int, target: int, length: int) -> None:
         for memory in self.memories:
             memory.copy(source, target, length)
 
-    def _hold(self, slot: int, prompt: Int64) -> None:
-        self._prompts[slot] = prompt
-        self._index.hold(slot, prompt)
+    def _hold(self, slot: int, prompt: Int64, kind: int) -> None:
+        self._index[self._kinds[slot]].hold(slot, _NOTHING)
+        self._prompts[slot], self._kinds[slot] = prompt, kind
+        self._index[kind].hold(slot, prompt)
 
     def _touch(self, slot: int) -> None:
         self._used[slot] = next(self._clock)

@@ -97,7 +97,14 @@ def _start(
     )
     kept = None if cache is None else cache / f"{folder.name}-{variant.name}-{plan.version}-{cuda.compute_capability}.cache"
     backend = Contexts(trt, runtime, lines, model, (sampler, adorned), plan.profiles, memory, cuda, kept)
-    return GpuEngine(cuda, memory, backend, chunk=chunk, step_bytes=variant.step_bytes or variant.size)
+    return GpuEngine(
+        cuda,
+        memory,
+        backend,
+        chunk=chunk,
+        step_bytes=variant.step_bytes or variant.size,
+        length_boundaries=variant.length_boundaries,
+    )
 
 
 def _library(plan: "Plan") -> Any:

@@ -127,11 +127,12 @@ def check_model(trt: Any, engine: Any, variant: "Variant", plan: "Plan", vocab_s
         "position_ids": (types.INT64, (-1, -1)),
         "kv_lengths": (types.INT32, (-1,)),
         "kv_range": (types.INT64, (-1,)),
+        "rope_lengths": (types.INT32, (-1,)),
         "logit_rows": (types.INT64, (-1,)),
         "forced": (types.INT64, (-1,)),
     }
     outputs = _chosen(trt) | {"logits": (types.FLOAT, (-1, vocab_size))}
-    optional = {"position_ids", "kv_lengths", "kv_range"}
+    optional = {"position_ids", "kv_lengths", "kv_range", "rope_lengths"}
     for layer in variant.layers:
         for part, dim in (("key", layer.key_dim), ("value", layer.value_dim)):
             name, dims = f"{layer.index}.{part}", (-1, layer.kv_heads, plan.capacity, dim)

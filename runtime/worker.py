@@ -22,7 +22,7 @@ from runtime.engine import DeviceLost, EngineError
 from runtime.grammar import Grammars
 from runtime.loading import MOST_SLOTS, Placement, default_cache, start
 from runtime.loop import QUEUE_FILLS, Loop, News
-from runtime.messages import Attach, Cancel, Embed, Generate, Heartbeat, Progress, Ready, Refused
+from runtime.messages import Attach, Cancel, Embed, Generate, Heartbeat, HeartbeatRequest, Progress, Ready, Refused
 
 log = logging.getLogger("engineshed.worker")
 
@@ -99,6 +99,8 @@ class Worker:
                 news = self._loop.cancel(owner, request.id)
                 if news is not None:
                     self._publish([news])
+            case HeartbeatRequest(number):
+                self._send(owner, self._heartbeat(number))
 
     def _submit(self, owner: bytes, request: Generate | Embed) -> Refused | None:
         """Have the loop take `request`, or say why not."""
@@ -132,15 +134,19 @@ class Worker:
     def _beat(self) -> None:
         self._heartbeat_due = time.monotonic() + messages.HEARTBEAT_SECONDS
         self._proven = bool(self._loop.counters.finished)
-        beat = Heartbeat(
+        beat = self._heartbeat()
+        for owner in list(self._fronts):
+            self._send(owner, beat)
+
+    def _heartbeat(self, number: int = 0) -> Heartbeat:
+        return Heartbeat(
             running=self._loop.running,
             waiting=self._loop.waiting,
             waiting_tokens=self._loop.waiting_tokens,
             kv_tokens=self._loop.kv_tokens,
             **asdict(self._loop.counters),
+            number=number,
         )
-        for owner in list(self._fronts):
-            self._send(owner, beat)
 
 
 def _arguments() -> argparse.Namespace:

@@ -35,6 +35,8 @@ _CLOSING_SECONDS = 2.0
 """That the process gets to end by itself."""
 _LONGEST_LINE = 1 << 16
 """Bytes of a verdict."""
+COMMAND = ("-P", "-m", "server.compiling")
+"""What Python runs in the process."""
 _ALONE = {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
 """A process that forks has no other threads; and the address space of a second arena would count as memory that was taken."""
 
@@ -210,8 +212,9 @@ class Checker:
 
 async def _start() -> Process:
     environment = {**os.environ, **_ALONE, "PYTHONPATH": _path()}
-    command = [sys.executable, "-P", "-m", "server.compiling"]
-    return await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, env=environment, limit=_LONGEST_LINE)
+    return await asyncio.create_subprocess_exec(
+        sys.executable, *COMMAND, stdin=PIPE, stdout=PIPE, env=environment, limit=_LONGEST_LINE
+    )
 
 
 async def _end(process: Process, *, asked_for: bool) -> None:

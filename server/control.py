@@ -8,7 +8,7 @@ from typing import TypeVar
 import zmq
 
 from server import fleet
-from server.fleet import Action, Ask, Command, Counts, Demand, Down, Fleet, Join, Outcome, Status, Up
+from server.fleet import Action, Ask, Command, Counts, CountsRequest, Demand, Down, Fleet, Join, Outcome, Sample, Status, Up
 
 ANSWER_SECONDS = 10.0
 """How long the supervisor gets to tell its status."""
@@ -18,12 +18,13 @@ Reply = TypeVar("Reply", Outcome, Status)
 class Control:
     """A DEALER socket to the supervisor at `address`; to be made inside the event loop that runs it.
 
-    `tell` is called with each `Fleet`.
+    `tell` is called with each `Fleet`; `samples` gives what this process has counted so far.
     """
 
-    def __init__(self, address: str, tell: Callable[[Fleet], None]) -> None:
+    def __init__(self, address: str, tell: Callable[[Fleet], None], samples: Callable[[], tuple[Sample, ...]]) -> None:
         self._loop = asyncio.get_running_loop()
         self._tell = tell
+        self._samples = samples
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)
@@ -38,9 +39,13 @@ class Control:
         """Say that this process takes requests, and want to know the fleet."""
         self.send(Join(name))
 
-    def send(self, message: Join | Demand | Counts) -> None:
+    def send(self, message: Join | Demand) -> None:
         """Say what needs no answer."""
         self._send(message)
+
+    def count(self, id_: int = 0) -> None:
+        """Say what this process has counted so far; `id_` is that of the `CountsRequest`, if there is one."""
+        self._send(Counts(self._samples(), id_))
 
     async def command(self, action: Action, model: str) -> Outcome:
         """Have something done with a model, however long it takes."""
@@ -48,7 +53,11 @@ class Control:
         return await self._answered(Command(id_, action, model), id_, reply, None)
 
     async def status(self) -> Status:
-        """What all processes do and hold. Raises TimeoutError where the supervisor does not say."""
+        """What all processes do and hold; what this one has counted is among it to the last.
+
+        Raises TimeoutError where the supervisor does not say.
+        """
+        self.count()
         id_, reply = next(self._ids), self._loop.create_future()
         return await self._answered(Ask(id_), id_, reply, ANSWER_SECONDS)
 
@@ -85,6 +94,9 @@ class Control:
     def _take(self, message: Down) -> None:
         if isinstance(message, Fleet):
             self._tell(message)
+            return
+        if isinstance(message, CountsRequest):
+            self.count(message.id)
             return
         reply = self._replies.get(message.id)
         if reply is not None and not reply.done():

@@ -15,7 +15,19 @@ import msgspec
 import zmq
 
 from runtime import messages
-from runtime.messages import Attach, Cancel, Embed, Embedded, Generate, Heartbeat, Progress, Ready, Refused, Row
+from runtime.messages import (
+    Attach,
+    Cancel,
+    Embed,
+    Embedded,
+    Generate,
+    Heartbeat,
+    HeartbeatRequest,
+    Progress,
+    Ready,
+    Refused,
+    Row,
+)
 
 PENDING_TOKENS = 1024
 """Tokens that may wait for a client that reads too slowly; then its request is cancelled."""
@@ -150,6 +162,9 @@ class EngineClient:
         self._receiving_soon = False
         self._answers: dict[str, Answer | Vectors] = {}
         self._ids = (f"{os.getpid()}-{count}" for count in itertools.count())
+        self._beats: dict[int, asyncio.Future[Heartbeat]] = {}
+        """Heartbeats that were asked for, by their numbers."""
+        self._beat_numbers = itertools.count(1)
         self._attached: asyncio.Future[Ready] = self._loop.create_future()
         self.heartbeat: Heartbeat | None = None
         """The worker's last."""
@@ -177,6 +192,17 @@ class EngineClient:
         """Announce this front end and wait, for as long as it takes, until the worker has loaded its engine."""
         self._send(Attach())
         return await asyncio.shield(self._attached)
+
+    async def beat(self) -> Heartbeat:
+        """What the worker holds now, which it says between two of its steps. Raises what the connection ends with."""
+        number = next(self._beat_numbers)
+        beat: asyncio.Future[Heartbeat] = self._loop.create_future()
+        self._beats[number] = beat
+        try:
+            self._send(HeartbeatRequest(number))
+            return await beat
+        finally:
+            del self._beats[number]
 
     @contextmanager
     def generate(self, request: Generate) -> Iterator[Answer]:
@@ -220,6 +246,9 @@ class EngineClient:
         answers, self._answers = self._answers, {}
         for answer in answers.values():
             answer.fail(error)
+        for beat in self._beats.values():
+            if not beat.done():
+                beat.set_exception(error)
         self._attached.cancel()
         if not self._socket.closed:
             self._loop.remove_reader(self._descriptor)
@@ -252,6 +281,9 @@ class EngineClient:
             case Heartbeat():
                 self.heartbeat = reply
                 self._others = max(0, reply.running + reply.waiting - len(self._answers))
+                beat = self._beats.get(reply.number)
+                if beat is not None and not beat.done():
+                    beat.set_result(reply)
             case Refused(id_):
                 answer = self._answers.pop(id_, None)
                 if answer is not None:

@@ -146,7 +146,14 @@ class Status(msgspec.Struct, frozen=True, tag=True):
     """Of the HTTP processes' own counters, summed over all that are and were."""
 
 
-Down = Fleet | Outcome | Status
+class CountsRequest(msgspec.Struct, frozen=True, tag=True):
+    """`Counts` are wanted at once."""
+
+    id: int
+    """At least 1; the answer has it in `Counts.id`."""
+
+
+Down = Fleet | Outcome | Status | CountsRequest
 
 # HTTP process -> supervisor ----------------------------------------------------------------------------------------
 
@@ -183,6 +190,8 @@ class Counts(msgspec.Struct, frozen=True, tag=True):
     """An HTTP process's own counters, as they stand now; the first ones also say that it listens."""
 
     samples: tuple[Sample, ...]
+    id: int = 0
+    """Of the `CountsRequest` that they answer; 0 where nobody asked."""
 
 
 class Ask(msgspec.Struct, frozen=True, tag=True):

@@ -20,7 +20,6 @@ from server import app, cors, files
 from server.access import Access
 from server.control import Control
 from server.doors import Doors, Settings
-from server.fleet import Counts, Status
 from server.keys import Keys
 from server.listen import ListenError
 from server.metrics import Metrics
@@ -75,13 +74,8 @@ async def _serve(settings: Settings, access: Access, tls: ssl.SSLContext | None)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     metrics = Metrics()
     roster = Roster(metrics, lambda demand: control.send(demand), waiting=settings.waiting)
-    control = Control(settings.supervisor, roster.apply)
-
-    async def status() -> Status:
-        control.send(Counts(metrics.samples()))  # What this process has counted is to be among it to the last.
-        return await control.status()
-
-    service = Service(roster, metrics, status, control.command, settings.limits)
+    control = Control(settings.supervisor, roster.apply, metrics.samples)
+    service = Service(roster, metrics, control.status, control.command, settings.limits)
     runner = app.runner(app.build(service, access))
     await runner.setup()
     calm_collector()
@@ -90,7 +84,7 @@ async def _serve(settings: Settings, access: Access, tls: ssl.SSLContext | None)
         control.join(settings.name)
         await _either(roster.known, hurry)  # A request that came earlier would be told of no models.
         await _listen(runner, settings, tls)
-        counting = asyncio.create_task(_count(control, metrics))
+        counting = asyncio.create_task(_count(control))
         await _either(roster.draining, hurry)
         service.draining = True
         for site in list(runner.sites):
@@ -102,7 +96,7 @@ async def _serve(settings: Settings, access: Access, tls: ssl.SSLContext | None)
         await runner.cleanup()
         roster.close()
         with suppress(Exception):  # The supervisor may be gone.
-            control.send(Counts(metrics.samples()))
+            control.count()
         control.close()
 
 
@@ -140,9 +134,9 @@ async def _either(*events: asyncio.Event) -> None:
         task.cancel()
 
 
-async def _count(control: Control, metrics: Metrics) -> None:
+async def _count(control: Control) -> None:
     while True:
-        control.send(Counts(metrics.samples()))
+        control.count()
         await asyncio.sleep(COUNT_SECONDS)
 
 

@@ -1,7 +1,8 @@
 """What an HTTP process counts, and what Prometheus reads at `/metrics` of all processes together.
 
-Each process counts for itself and tells the supervisor every second; whichever of them is asked has it sum everything up, so
-that it does not matter which one a scrape reaches.
+Each process counts for itself and tells the supervisor every second, and at once when it is asked; whichever of them a scrape
+reaches has the supervisor ask all others and sum everything up. So it does not matter which one that is, and what a client
+knows already, as that its answer has ended, is in the numbers.
 """
 
 import bisect
@@ -189,7 +190,7 @@ def _buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, 
 
 
 def _of_engines(engines: Iterable[Engine]) -> Iterable[Metric]:
-    """The workers' own numbers, from their last heartbeats; a worker's counters start again at 0 with each new process."""
+    """The workers' own numbers; a worker's counters start again at 0 with each new process."""
     families = _Families(_WHERE)
     for engine in engines:
         _add(families, engine)

@@ -42,6 +42,19 @@ TYPES: dict[str, tuple[dict[str, Any], Pooling]] = {
         {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 16, "use_bidirectional_attention": True},
         "mean",
     ),
+    "phi3": (
+        {
+            "num_key_value_heads": 2,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 40,
+                "short_factor": [1 + 0.1 * i for i in range(WIDTH // HEADS // 2)],
+                "long_factor": [1.5 + 0.5 * i for i in range(WIDTH // HEADS // 2)],
+            },
+        },
+        "last",
+    ),
 }
 """By transformers' model type: what its configuration needs beyond the sizes, and how its embeddings are pooled."""
 OFFSET = {"roberta": 2, "mpnet": 2, "xlm-roberta": 2}

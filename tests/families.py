@@ -17,22 +17,26 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from export import decoder, fuse, graph, sampler
+from export import decoder, fuse, graph, sampler, verify
+from export.greedy import answer as answer_greedily
 from runtime.bundle import Layer, Variant
-from runtime.engine import Batch, Draw
 from runtime.ort import OrtEngine
 
 ALL: tuple[str, ...] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 """Every causal-LM type of the installed transformers."""
 
 VOCAB = 128
-PROMPTS = (5, 13, 22)
-"""Lengths of the prompts: one within a chunk, one past the sliding window, one of several chunks."""
+PROMPTS = (5, 13, 22, 36, 70)
+"""Lengths of the prompts: one within a chunk, one past the sliding window, one of several chunks, one whose answer passes
+`ORIGINAL` positions, one past them. The last in a batch ends where its slot does."""
+POSITIONS = 256
 CHUNK = 6
 TOKENS = 15
 WINDOW = 8
 TIE = 1e-4
 """A gap between the two best logits, as a part of the row's spread, at which rounding may choose the other."""
+ORIGINAL = 40
+"""Positions that a model was trained on first, past which some scale or turn otherwise."""
 SPREAD = 0.15
 """Standard deviation of weights; at the usual 0.02 a tiny model repeats its input's token whatever came before."""
 
@@ -46,7 +50,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": POSITIONS,
     "sliding_window": WINDOW,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -87,7 +91,8 @@ SIZES: dict[str, Any] = {
     "local_attention": WINDOW,
     "sliding_window_size": WINDOW,
     "query_pre_attn_scalar": 16,
-    "original_max_position_embeddings": 128,
+    "original_max_position_embeddings": ORIGINAL,
+    "floor_scale": WINDOW,
     "layerdrop": 0.0,
     "decoder_layerdrop": 0.0,
     "num_mel_bins": 8,
@@ -160,6 +165,41 @@ TYPES: dict[str, dict[str, Any]] = {
 }
 """What a type needs beyond `SIZES`."""
 
+_HALF = 8
+"""Rotary frequencies of a head."""
+_ORIGINAL = {"rope_theta": 1e4, "original_max_position_embeddings": ORIGINAL}
+
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi3, longrope": (
+        "phi3",
+        {
+            "sliding_window": None,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "short_factor": [1 + 0.05 * i for i in range(_HALF)],
+                "long_factor": [1.5 + 0.5 * i for i in range(_HALF)],
+                **_ORIGINAL,
+            },
+        },
+    ),
+    "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama, linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama, yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **_ORIGINAL}}),
+    "llama, llama3": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                **_ORIGINAL,
+            }
+        },
+    ),
+}
+"""Options of types that change what a model does at some position, by a name of their own: the type, and what it needs."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -177,9 +217,10 @@ class Comparison:
 
 
 def configuration(model_type: str) -> PreTrainedConfig:
-    """The default configuration of `model_type` with every size cut down."""
+    """The default configuration of `model_type`, or of one of `OPTIONS`, with every size cut down."""
+    model_type, changes = OPTIONS.get(model_type, (model_type, TYPES.get(model_type, {})))
     default = CONFIG_MAPPING[model_type]
-    return default(**_shrunk(default, TYPES.get(model_type, {})))
+    return default(**_shrunk(default, changes))
 
 
 def model(model_type: str, seed: int = 0) -> PreTrainedModel:
@@ -187,15 +228,22 @@ def model(model_type: str, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = configuration(model_type)
     made: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
+    randomize(made, model_type)
+    return made
+
+
+def randomize(made: PreTrainedModel, model_type: str) -> None:
+    """Give `made` weights that let every token depend on those before it."""
     for parameter in made.parameters():
         noise = torch.randn_like(parameter) * SPREAD
         parameter.data = noise if parameter.dim() > 1 else parameter.data + noise / 2
     if model_type in ECHOING:
         next(made.get_input_embeddings().parameters()).data /= 8
-    return made
 
 
-def engine(made: PreTrainedModel, folder: Path, *, slots: int = 4, context: int = 64) -> tuple[OrtEngine, decoder.Survey]:
+def engine(
+    made: PreTrainedModel, folder: Path, *, slots: int = 4, context: int = POSITIONS
+) -> tuple[OrtEngine, decoder.Survey]:
     """Export `made` into `folder`, as `export` does it, and load it; the slots hold rubbish, as used ones do."""
     seen = decoder.survey(made)
     program = decoder.trace(made, seen)
@@ -205,8 +253,8 @@ def engine(made: PreTrainedModel, folder: Path, *, slots: int = 4, context: int 
     graph.tidy(program)
     graph.write(program, folder)
     layers = tuple(Layer(x.index, x.kv_heads, x.key_dim, x.value_dim) for x in seen.layers)
-    variant = Variant("tiny", "cpu", "fp32", "float32", graph.MODEL, (), layers, "")
-    loaded = OrtEngine(folder, variant, vocab, slots=slots, context=context, threads=1)
+    variant = Variant("tiny", "cpu", "fp32", "float32", graph.MODEL, (), layers, "", length_boundaries=seen.length_boundaries)
+    loaded = OrtEngine(folder, variant, vocab, slots=slots, context=min(context, seen.max_length), threads=1)
     for buffer in loaded._kv.values():
         buffer.fill(7)
     return loaded, seen
@@ -219,32 +267,19 @@ def prompts(vocab: int, lengths: Sequence[int] = PROMPTS) -> list[list[int]]:
 
 
 def greedy(loaded: OrtEngine, asked: Sequence[Sequence[int]], count: int = TOKENS) -> list[list[int]]:
-    """`count` tokens for each prompt: prefill slot by slot in chunks, then decode over all slots at once."""
-    answers = []
-    for slot, prompt in enumerate(asked):
-        for start in range(0, len(prompt), CHUNK):
-            chunk = prompt[start : start + CHUNK]
-            end = start + len(chunk)
-            rows = [len(chunk) - 1] if end == len(prompt) else []
-            tokens = _step(loaded, slot, [chunk], [end], rows)
-        answers.append([int(tokens[0])])
-    for _ in range(count - 1):
-        lengths = [len(prompt) + len(answer) for prompt, answer in zip(asked, answers, strict=True)]
-        last = [answer[-1:] for answer in answers]
-        for answer, token in zip(answers, _step(loaded, 0, last, lengths, list(range(len(last)))), strict=True):
-            answer.append(int(token))
-    return answers
+    """`count` tokens for each prompt through the decode loop: prefill slot by slot in chunks, decode over all slots at once."""
+    return answer_greedily(loaded, [list(prompt) for prompt in asked], count, CHUNK)
 
 
 def compare(made: PreTrainedModel, folder: Path) -> Comparison:
     """Export `made`, run it, and judge each token by transformers' logits after the same tokens."""
     reference = copy.deepcopy(made)
     loaded, seen = engine(made, folder)
-    asked = prompts(min(VOCAB, loaded.vocab_size))
+    asked = prompts(min(VOCAB, loaded.vocab_size), (*PROMPTS, loaded.context - TOKENS))
     answers = greedy(loaded, asked)
     ties, different = 0, []
     for prompt, answer in zip(asked, answers, strict=True):
-        rows = logits(reference, [*prompt, *answer[:-1]])[len(prompt) - 1 :]
+        rows = verify.reference_logits(reference, [*prompt, *answer[:-1]], seen.length_boundaries)[len(prompt) - 1 :]
         best = rows.argmax(-1).tolist()
         for index, (token, expected) in enumerate(zip(answer, best, strict=True)):
             if token == expected:
@@ -264,12 +299,6 @@ def logits(reference: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
     """transformers' own logits [len(tokens), vocab], in one pass without a cache."""
     result: torch.Tensor = reference(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
     return result
-
-
-def _step(loaded: OrtEngine, slot: int, ids: Sequence[Sequence[int]], lengths: Sequence[int], rows: Sequence[int]) -> list[int]:
-    batch = Batch(slot, np.array(ids, np.int64), np.array(lengths, np.int32), np.array(rows, np.int64), Draw.greedy(len(rows)))
-    tokens: list[int] = loaded.step(batch)[0].tolist()
-    return tokens
 
 
 def _shrunk(default: type[PreTrainedConfig], changes: dict[str, Any]) -> dict[str, Any]:
@@ -296,8 +325,16 @@ def _shrunk(default: type[PreTrainedConfig], changes: dict[str, Any]) -> dict[st
         layers = changes.get(count_name, max(2, *map(len, lists.values()), 2))
         small[count_name] = layers
         small |= {name: (values * layers)[:layers] for name, values in lists.items()}
+    if isinstance(rope := values.get("rope_parameters"), dict):
+        small["rope_parameters"] = _early(rope)
     return small | {name: value for name, value in changes.items() if name not in parts}
 
 
 def _distinct(values: list[Any]) -> list[Any]:
     return [value for i, value in enumerate(values) if value not in values[:i]]
+
+
+def _early(rope: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of rotary positions, of all layers or by layer type, that were trained on `ORIGINAL` positions first."""
+    inner = {name: _early(value) if isinstance(value, dict) else value for name, value in rope.items()}
+    return inner | ({"original_max_position_embeddings": ORIGINAL} if "original_max_position_embeddings" in rope else {})

@@ -30,6 +30,7 @@ RESULTS = ROOT / ".cache" / "sweep" / "results.jsonl"
 REPORT = ROOT / "docs" / "architectures.md"
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnx", "onnxscript")
 
+NAMES = (*families.ALL, *families.OPTIONS)
 SECONDS = 180
 MEMORY = 16 << 30
 """Bytes of address space of one type's process."""
@@ -41,11 +42,14 @@ Verdict = Literal["equal", "refused", "wrong", "failed"]
 INTRODUCTION = f"""# Architectures
 
 export has no code per model. What it can carry is found by trying every causal-LM type that the installed transformers
-knows, with a tiny random model each: traced, written, loaded by the ONNX Runtime engine, and run greedily over a ragged
-batch of {len(families.PROMPTS)} prompts ({", ".join(map(str, families.PROMPTS))} tokens) for {families.TOKENS} tokens
-each: prefill in chunks of {families.CHUNK}, decode of all rows at once. Sliding windows, attention chunks and sparse
-selections are {families.WINDOW} wide, so that every one of them is passed. Each token is compared with the best one of
-transformers' own plain forward pass over the same tokens (float32, eager attention).
+knows, with a tiny random model each: traced, written, loaded by the ONNX Runtime engine, and run greedily through the
+decode loop for {families.TOKENS} tokens after each of {len(families.PROMPTS) + 1} prompts
+({", ".join(map(str, families.PROMPTS))} tokens, and one whose answer ends with the last position, the {families.POSITIONS}th):
+prefill in chunks of {families.CHUNK}, decode of all rows at once, four slots. Sliding windows, attention chunks, sparse
+selections and the floors of attention temperatures are {families.WINDOW} wide, and the length that a model was trained on first
+is {families.ORIGINAL}, so that every one of them is passed. Each token is compared with the best one of transformers' own
+plain forward pass over the same tokens (float32, eager attention). Beside the types as they are, some stand here with a kind
+of rotary positions that depends on the length.
 
 A type's result is not a promise for each of its checkpoints: one with other options may be refused. export compares
 every engine that it makes with transformers before it publishes a bundle. Text only: a multimodal type stands for what
@@ -165,7 +169,7 @@ def main() -> None:
         RESULTS.unlink(missing_ok=True)
     known = read()
     _load()
-    for model_type in options.types or [name for name in families.ALL if name not in known]:
+    for model_type in options.types or [name for name in NAMES if name not in known]:
         result = run(model_type)
         with RESULTS.open("ab") as file:
             file.write(msgspec.json.encode(result) + b"\n")
@@ -175,7 +179,7 @@ def main() -> None:
         )
     results = read()
     REPORT.parent.mkdir(exist_ok=True)
-    REPORT.write_text(report(results[name] for name in sorted(results) if name in families.ALL))
+    REPORT.write_text(report(results[name] for name in sorted(results) if name in NAMES))
 
 
 def _child(model_type: str, pipe: Connection) -> None:

@@ -1,6 +1,6 @@
 """A tiny Llama with random weights, saved as a Hugging Face folder, and its bundle: quick to make, real all the way."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,11 +131,15 @@ def tracing_once() -> Iterator[None]:
     real = decoder.trace
 
     def remembered(
-        model: PreTrainedModel, seen: decoder.Survey, dialect: Dialect = "onnxruntime", capacity: int | None = None
+        model: PreTrainedModel,
+        seen: decoder.Survey,
+        dialect: Dialect = "onnxruntime",
+        capacity: int | None = None,
+        share: Callable[[float], None] = lambda share: None,
     ) -> ir.Model:
         key = model.dtype, dialect, capacity
         if key not in _traced:
-            _traced[key] = real(model, seen, dialect, capacity)
+            _traced[key] = real(model, seen, dialect, capacity, share)
         return _traced[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:

@@ -9,8 +9,9 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -22,6 +23,7 @@ from server.supervision.commands import Commands
 from server.supervision.fronts import Front
 from server.supervision.models import Models, Rules
 from server.supervision.process import ServeError, SocketFolder
+from server.supervision.recount import Recount
 
 TICK_SECONDS = 1.0
 """How often it looks at what nobody tells it: the clock, and the engines' folder."""
@@ -64,12 +66,13 @@ class Supervisor:
         self._started = time.time()
         self._joined: dict[bytes, _Joined] = {}
         self._totals = counts.Totals()
+        self._recount = Recount(self._send)
         self._poked = asyncio.Event()
         self._changed = asyncio.Condition()
         """Notified after each round."""
         self._models = Models(plan.rules, lambda: [joined.demand for joined in self._joined.values()], self._poke)
         self._commands = Commands(self._models, plan.rules.catalog, self._changed)
-        self._obeying: set[asyncio.Task[None]] = set()
+        self._answering: set[asyncio.Task[None]] = set()
         self._looked = time.monotonic()
         self._version = 0
         self._told: Fleet | None = None
@@ -96,9 +99,9 @@ class Supervisor:
                 task.result()  # raises: none of them ends by itself
             await self._drain()
         finally:
-            for task in (*tasks, stop, *self._obeying):
+            for task in (*tasks, stop, *self._answering):
                 task.cancel()
-            await asyncio.gather(*tasks, stop, *self._obeying, return_exceptions=True)
+            await asyncio.gather(*tasks, stop, *self._answering, return_exceptions=True)
             await asyncio.gather(*(deployment.stop() for deployment in self._models.deployments.values()))
             self._socket.close()
             folder.cleanup()
@@ -132,24 +135,30 @@ class Supervisor:
                     joined.demand = message
                     self._models.note_use(message)
                     self._poke()
-            case Counts(samples):
+            case Counts(samples, id_):
                 joined = self._joined.get(owner)
                 if joined is not None:
                     self._totals.take(owner, samples)
+                    self._recount.take(owner, id_)
                     if not joined.listening:
                         joined.listening = True
                         self._poke()
             case Command():
-                task = asyncio.create_task(self._obey(owner, message))
-                self._obeying.add(task)
-                task.add_done_callback(self._obeying.discard)
+                self._begin(self._obey(owner, message))
             case Ask(id_):
-                await self._send(owner, self._status(id_))
+                self._begin(self._tell_status(owner, id_))
+
+    def _begin(self, answering: Coroutine[Any, Any, None]) -> None:
+        """Go on with what takes longer than other messages should wait."""
+        task = asyncio.create_task(answering)
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
 
     def _leave(self, owner: bytes) -> None:
         """An HTTP process is gone: what it held is free, and what it counted stays counted."""
         del self._joined[owner]
         self._totals.retire(owner)
+        self._recount.leave(owner)
         self._poke()
 
     async def _send(self, owner: bytes, message: fleet.Down) -> None:
@@ -222,6 +231,13 @@ class Supervisor:
                     deployment.drained_in = self._version
             state = Fleet(self._version, state.models, state.deployments, state.draining)
         return state
+
+    async def _tell_status(self, owner: bytes, id_: int) -> None:
+        """Tell `owner`, whose own numbers have just come, everybody's as they stand now."""
+        workers = [worker for deployment in self._models.deployments.values() for worker in deployment.workers]
+        engines = [worker.client for worker in workers if worker.client is not None]
+        await self._recount.everybody(self._joined.keys() - {owner}, engines)
+        await self._send(owner, self._status(id_))
 
     def _status(self, id_: int) -> Status:
         deployments = list(self._models.deployments.values())

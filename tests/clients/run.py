@@ -12,7 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.e2e.conftest import MODEL, ROOT, serving
+from tests.default_model import MODEL
+from tests.e2e.conftest import ROOT, serving
 
 CLIENTS = Path(__file__).parent
 ENVIRONMENTS = ROOT / ".venv-clients"

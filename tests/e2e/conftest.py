@@ -1,20 +1,25 @@
 """A running `engineshed serve` over the real bundle."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.default_model import ENGINES, MODEL
+from tests.waiting import HANGS_SECONDS
+
 ROOT = Path(__file__).parents[2]
-MODEL = "smollm2-135m-instruct"
+TOKENS = "engineshed_generated_tokens_total"
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Server:
     def get(self, path: str) -> tuple[int, str]:
         """Status and body; status 0 while nothing listens."""
         try:
-            with urllib.request.urlopen(self.url + path, timeout=10) as response:
+            with urllib.request.urlopen(self.url + path, timeout=HANGS_SECONDS) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -46,14 +51,50 @@ class Server:
         children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
         return [child for child in children if b"runtime.worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
-    def wait(self, name: str, value: float, seconds: float = 10, **labels: str) -> None:
+    @contextmanager
+    def held(self) -> Iterator[Callable[[], None]]:
+        """While this lasts the engines stand still: an answer that has begun lasts as long as a test looks at it.
+
+        Gives what lets them run until another token has come. What an engine has to tell, as that its queue is full, comes
+        afterwards.
+        """
+        engines, seen = self.engines(), self.metric(TOKENS)
+
+        def signal_all(number: signal.Signals) -> None:
+            for engine in engines:
+                with suppress(ProcessLookupError):  # The test has killed it.
+                    os.kill(engine, number)
+
+        def advance() -> None:
+            nonlocal seen
+            signal_all(signal.SIGCONT)
+            try:
+                self.until(lambda: self.metric(TOKENS) > seen)
+                seen = self.metric(TOKENS)
+            finally:
+                signal_all(signal.SIGSTOP)
+
+        signal_all(signal.SIGSTOP)
+        try:
+            yield advance
+        finally:
+            signal_all(signal.SIGCONT)
+
+    def until(self, true: Callable[[], bool], seconds: float = HANGS_SECONDS) -> None:
+        """Return once `true` gives True."""
+        deadline = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < deadline, f"not within {seconds} s"
+            time.sleep(0.005)
+
+    def wait(self, name: str, value: float, seconds: float = HANGS_SECONDS, **labels: str) -> None:
         """Return once the metric has the value."""
         deadline = time.monotonic() + seconds
         while (now := self.metric(name, **labels)) != value:
             assert time.monotonic() < deadline, f"{name} is {now}, not {value}, after {seconds} s"
             time.sleep(0.05)
 
-    def wait_ready(self, seconds: float = 120) -> None:
+    def wait_ready(self, seconds: float = HANGS_SECONDS) -> None:
         """Return once the engine is loaded."""
         deadline = time.monotonic() + seconds
         while self.get("/readyz")[0] != 200:
@@ -65,11 +106,11 @@ class Server:
 @contextmanager
 def serving(*options: str) -> Iterator[Server]:
     """`engineshed serve` with these options, from its readiness to its end."""
-    if not (ROOT / "engines" / MODEL / "bundle.json").exists():
-        pytest.fail(f"engines/{MODEL} is missing: run make export")
+    if not (ENGINES / MODEL / "bundle.json").exists():
+        pytest.fail(f"{ENGINES / MODEL} is missing: run make export")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "engineshed.py", "serve", f"--model={MODEL}", f"--port={port}", *options]
+    command = [sys.executable, "engineshed.py", "serve", f"--engines={ENGINES}", f"--model={MODEL}", f"--port={port}", *options]
     process = subprocess.Popen(command, cwd=ROOT)
     server = Server(f"http://127.0.0.1:{port}", process)
     try:
@@ -77,7 +118,7 @@ def serving(*options: str) -> Iterator[Server]:
         yield server
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(HANGS_SECONDS)
 
 
 @pytest.fixture(scope="session")

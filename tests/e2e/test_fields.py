@@ -7,7 +7,8 @@ import openai
 import pytest
 from tokenizers import Tokenizer
 
-from tests.e2e.conftest import MODEL, ROOT, Server
+from tests.default_model import ENGINES, MODEL, real, says
+from tests.e2e.conftest import Server
 
 PROMPT = "The capital of France is"
 
@@ -89,6 +90,7 @@ def test_a_bias_forces_and_forbids(client: Any) -> None:
     assert len(set(forced.choices[0].logprobs.tokens or ())) == 1
 
 
+@real("only one that has learnt text repeats what a prompt repeats")
 def test_penalties_end_a_repetition_and_a_reward_begins_one(client: Any) -> None:
     def words(**fields: float) -> list[str]:
         answer = client.completions.create(
@@ -105,6 +107,7 @@ def test_penalties_end_a_repetition_and_a_reward_begins_one(client: Any) -> None
     assert words(frequency_penalty=-2) == ["na"] * 24
 
 
+@real("it has to end its answer by itself")
 def test_an_answer_has_as_many_tokens_as_it_has_to(client: Any) -> None:
     ask = [{"role": "user", "content": "Answer with one word: yes or no?"}]
     short = client.chat.completions.create(model=MODEL, messages=ask, temperature=0, max_tokens=64)
@@ -136,11 +139,11 @@ def test_the_last_message_is_continued(client: Any) -> None:
     answer = client.chat.completions.create(
         model=MODEL, messages=turns, temperature=0, max_tokens=5, extra_body={"continue_final_message": True}
     )
-    assert "Paris" in answer.choices[0].message.content
+    assert says(answer.choices[0].message.content, "Paris")
 
 
 def _tokens(text: str) -> list[int]:
-    return Tokenizer.from_file(str(ROOT / "engines" / MODEL / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    return Tokenizer.from_file(str(ENGINES / MODEL / "tokenizer.json")).encode(text, add_special_tokens=False).ids
 
 
 def test_what_a_request_leaves_out_is_as_the_models_card_recommends(client: Any) -> None:

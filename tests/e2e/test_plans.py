@@ -9,12 +9,13 @@ import pytest
 from export.tensorrt import Builder, Network
 from runtime import bundle
 from runtime.bundle import Bundle, Plan, Variant
+from tests.default_model import MODEL, PUBLISHED, real
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "engines" / "smollm2-135m-instruct"
+FOLDER = PUBLISHED / MODEL
 LAYERS = 30
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), real("what is looked at here is the real model's plan")]
 
 
 @pytest.fixture(scope="module")

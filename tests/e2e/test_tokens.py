@@ -17,12 +17,13 @@ from runtime.loop import Loop
 from runtime.messages import Generate, Row
 from runtime.ort import OrtEngine
 from runtime.text import Text
+from tests.default_model import MODEL, PUBLISHED, real
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "engines" / "smollm2-135m-instruct"
+FOLDER = PUBLISHED / MODEL
 TOKENS = 64
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.timeout(1200), real("what is compared here is the real model itself")]
 
 QUESTIONS = (
     "What is the capital of France?",

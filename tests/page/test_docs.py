@@ -7,6 +7,7 @@ from playwright.sync_api import expect
 
 from tests.e2e.conftest import Server
 from tests.page.conftest import Visit
+from tests.waiting import HANGS_SECONDS
 
 NEEDS_MORE = {"embeddings", "stored_response", "status", "load", "unload", "reload"}
 """What this server refuses: it has no model for embeddings, stores nothing and runs without keys."""
@@ -49,6 +50,6 @@ def test_its_commands_run(visit: Visit) -> None:
         command = operation.locator(".example code").inner_text()
         assert visit.clipboard() == command
         strict = command.replace("curl ", "curl --silent --show-error --fail ", 1)
-        ran = subprocess.run(["bash", "-c", strict], capture_output=True, text=True, timeout=60, check=False)
+        ran = subprocess.run(["bash", "-c", strict], capture_output=True, text=True, timeout=HANGS_SECONDS, check=False)
         assert ran.returncode == 0, f"{command}\n{ran.stderr}"
         assert ran.stdout.strip()

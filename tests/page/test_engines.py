@@ -9,9 +9,11 @@ from contextlib import contextmanager
 
 from playwright.sync_api import Page, expect
 
-from tests.e2e.conftest import MODEL, Server
+from tests.default_model import MODEL
+from tests.e2e.conftest import Server
 from tests.e2e.test_server import RUNNING
 from tests.page.conftest import Visit, eventually
+from tests.waiting import HANGS_SECONDS
 
 
 def chart(page: Page, title: str) -> str:
@@ -36,7 +38,7 @@ def busy(server: Server) -> Iterator[None]:
 
     def ask() -> None:
         while not over.is_set():
-            with urllib.request.urlopen(request, timeout=30) as events:
+            with urllib.request.urlopen(request, timeout=HANGS_SECONDS) as events:
                 while not over.is_set() and events.readline():
                     pass
 

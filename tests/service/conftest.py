@@ -20,6 +20,7 @@ import pytest
 
 from runtime import bundle as bundles
 from runtime.bundle import MANIFEST
+from tests.waiting import HANGS_SECONDS
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("alpha", "beta", "gamma")
@@ -102,6 +103,25 @@ class Running:
             assert response.status == 200, await response.text()
             yield response
 
+    @asynccontextmanager
+    async def held(self, model: str, prompt: list[int], tokens: int) -> AsyncIterator[tuple[aiohttp.ClientResponse, int]]:
+        """The same, and the process of the model's only engine, which stands still until SIGCONT, the answer half-way."""
+        (pid,) = await self.pids(f"{model}@")
+        body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+        asking = asyncio.create_task(self.http.post("/v1/completions", json=body).__aenter__())
+        while not asking.done():
+            os.kill(pid, signal.SIGCONT)
+            await asyncio.wait({asking}, timeout=0.01)
+            os.kill(pid, signal.SIGSTOP)
+        async with await asking as response:
+            assert response.status == 200, await response.text()
+            yield response, pid
+
+    async def passed_on(self) -> None:
+        """Return once the HTTP process has sent its engine, which stands still, what it was asked for before this: its turn to
+        answer this comes later, and the supervisor waits for the engine first."""
+        await self.metric("engineshed_ready")
+
     async def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels."""
         async with self.http.get("/metrics") as response:
@@ -110,7 +130,7 @@ class Running:
         found = [line for line in lines if line.partition("{")[0].partition(" ")[0] == name]
         return sum(float(line.split()[-1]) for line in found if all(each in line for each in wanted))
 
-    async def until(self, true: Callable[[], Any], seconds: float = 20) -> None:
+    async def until(self, true: Callable[[], Any], seconds: float = HANGS_SECONDS) -> None:
         """Return once `true`, which may be a coroutine function, gives something true."""
         async with asyncio.timeout(seconds):
             while True:
@@ -123,7 +143,7 @@ class Running:
         """Whether every engine takes requests."""
         return {engine["state"] for engine in (await self.status())["engines"]} == {"ready"}
 
-    async def settled(self, seconds: float = 20) -> None:
+    async def settled(self, seconds: float = HANGS_SECONDS) -> None:
         """Return once nothing runs or waits in any engine."""
 
         async def idle() -> bool:
@@ -136,13 +156,13 @@ class Running:
         """End the server; gives its exit code."""
         if self.process.returncode is None:
             self.process.send_signal(number)
-        return await asyncio.wait_for(self.process.wait(), 30)
+        return await asyncio.wait_for(self.process.wait(), HANGS_SECONDS)
 
 
 @asynccontextmanager
-async def serve(engines: Path, *options: str, ready: bool = True, seconds: float = 20) -> AsyncIterator[Running]:
-    """`engineshed serve` over the bundles in `engines`, for a test that takes `seconds` at most; no process of it is left at
-    the end.
+async def serve(engines: Path, *options: str, ready: bool = True, seconds: float = 2 * HANGS_SECONDS) -> AsyncIterator[Running]:
+    """`engineshed serve` over the bundles in `engines`, for a test that hangs if it takes longer than `seconds`; no process is
+    left at the end.
     """
     socket = engines.parent / "admin.sock"
     command = [sys.executable, "engineshed.py", "serve", f"--engines={engines}", "--port=0", f"--admin-socket={socket}", *SMALL]
@@ -151,12 +171,12 @@ async def serve(engines: Path, *options: str, ready: bool = True, seconds: float
     reading = asyncio.create_task(_read(process, log))
     family: list[psutil.Process] = []
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(HANGS_SECONDS):
             while not (line := next((line for line in log if " ready at " in line), "")):
                 assert not reading.done(), "".join(log)
                 await asyncio.sleep(0.02)
         url = line.split(" ready at ")[1].split()[0]
-        timeout = aiohttp.ClientTimeout(60)
+        timeout = aiohttp.ClientTimeout(HANGS_SECONDS)
         many = aiohttp.TCPConnector(limit=0)
         async with (
             aiohttp.ClientSession(url, timeout=timeout, connector=many) as http,
@@ -175,7 +195,7 @@ async def serve(engines: Path, *options: str, ready: bool = True, seconds: float
             process.kill()
             await process.wait()
         await reading
-        _, alive = psutil.wait_procs(family, 5)
+        _, alive = psutil.wait_procs(family, HANGS_SECONDS)
         assert not alive, "the server left processes behind"
         if sys.exc_info()[0] is not None:
             print("".join(log))

@@ -10,12 +10,13 @@ import psutil
 import pytest
 
 from tests.service.conftest import Running, events, gone, serve
+from tests.waiting import HANGS_SECONDS
 
 PROMPT = [5, 6, 7, 8, 9]
 
 
 async def test_a_hung_engine_is_replaced_and_what_it_had_not_begun_is_answered(engines: Path) -> None:
-    async with serve(engines, "--model=alpha", "--watchdog-seconds=2") as running:
+    async with serve(engines, "--model=alpha", "--watchdog-seconds=4") as running:
         (pid,) = await running.pids("alpha@")
         expected = await running.answer("alpha", PROMPT)
         os.kill(pid, signal.SIGSTOP)
@@ -25,7 +26,7 @@ async def test_a_hung_engine_is_replaced_and_what_it_had_not_begun_is_answered(e
 
 
 async def test_a_hung_http_process_is_replaced(engines: Path) -> None:
-    async with serve(engines, "--model=alpha", "--watchdog-seconds=2") as running:
+    async with serve(engines, "--model=alpha", "--watchdog-seconds=4") as running:
         (front,) = await running.pids("http-")
         os.kill(front, signal.SIGSTOP)
         await running.until(lambda: gone([front]))
@@ -42,7 +43,7 @@ async def test_a_dead_http_process_is_replaced_and_its_requests_are_cancelled(en
         await running.answer("alpha", PROMPT)
         os.kill(engine, signal.SIGSTOP)
         asking = [asyncio.create_task(running.answer("alpha", PROMPT, 240)) for _ in range(4)]
-        await asyncio.sleep(0.3)
+        await running.passed_on()
         os.kill(front, signal.SIGKILL)
         for request in asking:
             with pytest.raises(aiohttp.ClientError):
@@ -66,12 +67,15 @@ async def _answers(running: Running) -> bool:
         return False
 
 
+async def _refuses(running: Running) -> bool:
+    return not await _answers(running)
+
+
 async def test_several_http_processes_share_the_port_and_count_as_one(engines: Path) -> None:
     async with serve(engines, "--model=alpha", "--http-processes=3") as running:
         expected = await running.answer("alpha", PROMPT)
         said = await asyncio.gather(*(running.answer("alpha", PROMPT) for _ in range(60)))
         assert {text for _, text in said} == {expected[1]}
-        await asyncio.sleep(1.2)  # by when each has told what it counted
         assert await running.metric("engineshed_requests_total", route="/v1/completions", status="200") == 61
         busy = [pid for pid in await running.pids("http-") if psutil.Process(pid).num_fds() > 0]
         assert len(busy) == 3
@@ -86,21 +90,21 @@ async def test_nothing_outlives_a_supervisor_that_is_killed(engines: Path, hung:
             for process in family:
                 process.suspend()
         await running.stop(signal.SIGKILL)
-        _, alive = psutil.wait_procs(family, 3)
+        _, alive = psutil.wait_procs(family, HANGS_SECONDS)
         assert not alive
 
 
 async def test_a_server_that_is_told_to_stop_lets_answers_finish(engines: Path) -> None:
     async with serve(engines, "--model=alpha") as running:
-        async with running.stream("alpha", PROMPT, 240) as response:
+        async with running.held("alpha", PROMPT, 240) as (response, engine):
             stopping = asyncio.create_task(running.stop())
+            await running.until(lambda: _refuses(running))
+            os.kill(engine, signal.SIGCONT)
             assert events(await response.text())[1]
         assert await stopping == 0
 
 
 async def test_answers_that_do_not_finish_in_time_hold_up_no_stop(engines: Path) -> None:
-    async with serve(engines, "--model=alpha", "--drain-seconds=0.3", "--context=510") as running:
-        (pid,) = await running.pids("alpha@")
-        async with running.stream("alpha", PROMPT, 500):
-            os.kill(pid, signal.SIGSTOP)
-            assert await running.stop() == 0
+    options = ("--model=alpha", "--drain-seconds=0.3", "--context=510")
+    async with serve(engines, *options) as running, running.held("alpha", PROMPT, 500):
+        assert await running.stop() == 0

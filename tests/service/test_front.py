@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import signal
 import socket
 import stat
 from pathlib import Path
@@ -34,11 +35,8 @@ async def test_the_metrics_name_model_and_device_and_tell_what_was_done(engines:
     async with serve(engines, "--model=alpha") as running:
         for _ in range(3):
             await running.answer("alpha", [*range(10, 60)], 20)
-        await running.settled()
-        async with asyncio.timeout(5):
-            while await running.metric("engineshed_engine_generated_tokens_total", model="alpha") < 60:
-                await asyncio.sleep(0.1)
         where = {"model": "alpha", "device": "cpu"}
+        assert await running.metric("engineshed_engine_generated_tokens_total", **where) == 60
         assert await running.metric("engineshed_generated_tokens_total", **where) == 60
         assert await running.metric("engineshed_prompt_tokens_total", **where) == 150
         assert await running.metric("engineshed_cached_prompt_tokens_total", **where) >= 64
@@ -52,6 +50,42 @@ async def test_the_metrics_name_model_and_device_and_tell_what_was_done(engines:
         assert await running.metric("engineshed_engine_finished_total", **where) == 3
         for process in ("supervisor", "http-0", "alpha@cpu"):
             assert await running.metric("engineshed_process_resident_bytes", process=process) > 10 << 20
+
+
+async def test_a_scrape_tells_how_things_stand_then_and_not_at_the_last_heartbeat(engines: Path) -> None:
+    options = ("--http-processes=2", "--slots=2", "--queue=1000", "--queue-tokens=1000000")
+    async with serve(engines, "--model=alpha", *options) as running:
+        for number in range(1, 6):
+            said = await asyncio.gather(*(running.answer("alpha", [5, 6, each + 7], 20) for each in range(6)))
+            assert {status for status, _ in said} == {200}
+            for gauge in ("requests_running", "requests_waiting", "kv_tokens", "tokens_waiting"):
+                assert await running.metric(f"engineshed_{gauge}") == 0, (number, gauge)
+            assert await running.metric("engineshed_generated_tokens_total") == 120 * number
+            assert await running.metric("engineshed_engine_generated_tokens_total") == 120 * number
+            assert await running.metric("engineshed_requests_total", route="/v1/completions") == 6 * number
+        asked = [asyncio.create_task(running.answer("alpha", PROMPT, 240)) for _ in range(1000)]
+        async with running.stream("alpha", PROMPT, 240) as response:
+            while await running.metric("engineshed_requests_waiting") < 100:
+                assert not any(task.done() and task.result()[0] != 200 for task in asked)
+            assert await running.metric("engineshed_requests_running") == 2, "the engine has more to do than it can at once"
+            (engine,) = (await running.status())["engines"]
+            assert engine["beat"]["running"] == 2
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+            response.close()
+        await running.settled()
+
+
+async def test_processes_that_hang_hold_up_no_scrape(engines: Path) -> None:
+    async with serve(engines, "--model=alpha", "--http-processes=2") as running:
+        expected = await running.answer("alpha", PROMPT)
+        (engine,) = await running.pids("alpha@")
+        os.kill(engine, signal.SIGSTOP)
+        assert await running.metric("engineshed_ready") == 1, "of which nobody knows better"
+        assert await running.metric("engineshed_engine_finished_total") == 1, "as it last said"
+        os.kill(engine, signal.SIGCONT)
+        assert await running.answer("alpha", PROMPT) == expected
 
 
 async def test_the_dashboard_asks_for_nothing_that_is_not_told(engines: Path) -> None:

@@ -15,8 +15,10 @@ import psutil
 from runtime import bundle as bundles
 from runtime.footprint import footprint
 from tests.service.conftest import MODELS, ROOT, SMALL, Running, events, gone, publish, serve
+from tests.waiting import HANGS_SECONDS
 
 PROMPT = [5, 6, 7, 8, 9]
+ANSWERED = "engineshed_requests_total"
 
 
 def need(engines: Path) -> int:
@@ -88,7 +90,7 @@ async def test_models_that_are_never_idle_give_way_in_the_end(engines: Path) -> 
             return statuses
 
         busy = [asyncio.create_task(ask("alpha")) for _ in range(2)]
-        await asyncio.sleep(0.5)
+        await running.until(lambda: _in_state(running, "alpha", "ready"))
         assert (await running.answer("beta", PROMPT))[0] == 200
         going = False
         assert set().union(*await asyncio.gather(*busy)) == {200}
@@ -118,18 +120,24 @@ async def test_a_model_that_cannot_fit_is_refused_with_the_arithmetic(engines: P
 
 def test_a_server_whose_only_model_does_not_fit_ends_with_the_arithmetic(published: Path) -> None:
     command = [sys.executable, "engineshed.py", "serve", f"--engines={published}", "--port=0", "--memory=50MiB", *SMALL]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS_SECONDS)
     assert ended.returncode == 1
     assert "cpu may take 50 MiB" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
 async def test_a_request_waits_for_its_model_no_longer_than_it_may(engines: Path) -> None:
-    async with serve(engines, "--queue-seconds=0.02") as running:
-        status, error = await running.answer("beta", PROMPT)
-        assert (status, error["code"]) == (503, "model_not_ready")
-        await running.until(lambda: _in_state(running, "beta", "ready"))
-        assert (await running.answer("beta", PROMPT))[0] == 200
+    async with serve(engines, "--model=alpha", "--queue-seconds=1", f"--memory={int(1.1 * need(engines))}") as running:
+        async with running.held("alpha", PROMPT, 240) as (response, engine):
+            status, error = await running.answer("beta", PROMPT)
+            assert (status, error["code"]) == (503, "model_not_ready"), "alpha is not idle, and has not been asked to leave yet"
+            os.kill(engine, signal.SIGCONT)
+            assert events(await response.text())[1]
+        await running.until(lambda: _answered(running, "beta"))
+
+
+async def _answered(running: Running, model: str) -> bool:
+    return (await running.answer(model, PROMPT))[0] == 200
 
 
 async def _in_state(running: Running, model: str, state: str) -> bool:
@@ -139,8 +147,10 @@ async def _in_state(running: Running, model: str, state: str) -> bool:
 async def test_unloading_lets_answers_finish_and_gives_the_memory_back(engines: Path) -> None:
     async with serve(engines, "--model=alpha") as running:
         (pid,) = await running.pids("alpha@")
-        async with running.stream("alpha", PROMPT, 200) as response:
+        async with running.held("alpha", PROMPT, 200) as (response, engine):
             unloading = asyncio.create_task(running.act("alpha", "unload"))
+            await running.until(lambda: _drains(running))
+            os.kill(engine, signal.SIGCONT)
             assert events(await response.text())[1]
         assert await unloading == (200, {"model": "alpha", "state": "cold"})
         assert gone([pid])
@@ -149,13 +159,15 @@ async def test_unloading_lets_answers_finish_and_gives_the_memory_back(engines: 
         assert (await running.act("nobody", "unload"))[0] == 404
 
 
+async def _drains(running: Running) -> bool:
+    return any(engine["draining"] for engine in (await running.status())["engines"])
+
+
 async def test_an_answer_that_does_not_finish_in_time_ends_with_an_error(engines: Path) -> None:
-    async with serve(engines, "--model=alpha", "--drain-seconds=0.3", "--context=510") as running:
-        (pid,) = await running.pids("alpha@")
-        async with running.stream("alpha", PROMPT, 500) as response:
-            os.kill(pid, signal.SIGSTOP)
-            assert (await running.act("alpha", "unload"))[0] == 200
-            assert not events(await response.text())[1]
+    options = ("--model=alpha", "--drain-seconds=0.3", "--context=510")
+    async with serve(engines, *options) as running, running.held("alpha", PROMPT, 500) as (response, _):
+        assert (await running.act("alpha", "unload"))[0] == 200
+        assert not events(await response.text())[1]
 
 
 async def test_a_new_build_takes_the_old_ones_place_without_a_failed_request(engines: Path, tiny_bundle: Path) -> None:
@@ -171,7 +183,8 @@ async def test_a_new_build_takes_the_old_ones_place_without_a_failed_request(eng
 
         asking = [asyncio.create_task(ask()) for _ in range(6)]
         for created in (100, 101):
-            await asyncio.sleep(0.3)
+            answered = await running.metric(ANSWERED)
+            await running.until(partial(_more_than, running, answered + 6))
             publish(engines, "alpha", tiny_bundle, created)
             assert await running.act("alpha", "reload") == (200, {"model": "alpha", "state": "ready"})
             async with running.http.get("/v1/models/alpha") as response:
@@ -181,6 +194,10 @@ async def test_a_new_build_takes_the_old_ones_place_without_a_failed_request(eng
         (new,) = await running.pids("alpha@")
         assert new != old
         assert gone([old])
+
+
+async def _more_than(running: Running, answers: float) -> bool:
+    return await running.metric(ANSWERED) > answers
 
 
 async def test_a_model_that_crashes_three_times_in_a_row_is_quarantined_until_somebody_says_otherwise(engines: Path) -> None:

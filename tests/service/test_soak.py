@@ -64,21 +64,25 @@ async def test_streams_requests_deaths_and_hang_ups_leave_everything_as_it_was(l
         outcomes: Counter[str] = Counter()
         stop = asyncio.get_running_loop().time() + load.seconds
 
+        def goes_on() -> bool:
+            """Until the time is up, and all that is to happen has: a busy machine takes longer."""
+            enough = outcomes["whole"] > 64 and outcomes["cut off"] > 16 and outcomes["death"] > 3
+            return not enough or asyncio.get_running_loop().time() < stop
+
         async def client(number: int) -> None:
             own = random.Random(number)
-            while asyncio.get_running_loop().time() < stop:
+            while goes_on():
                 outcomes[await _one(running, load, prompts[number], alone[number], own)] += 1
 
         async def killer() -> None:
-            while asyncio.get_running_loop().time() < stop:
+            while goes_on():
+                await running.until(running.all_ready)  # One that dies before it has answered would get the model quarantined.
                 await asyncio.sleep(load.between_deaths)
-                pids = await running.pids(f"{load.model}@")
-                if pids:
-                    os.kill(chance.choice(pids), signal.SIGKILL)
+                os.kill(chance.choice(await running.pids(f"{load.model}@")), signal.SIGKILL)
+                outcomes["death"] += 1
 
         await asyncio.gather(killer(), *(client(number) for number in range(64)))
-        assert outcomes["whole"] > 64, outcomes
-        assert outcomes["cut off"] > 16, outcomes
+        del outcomes["death"]
         assert set(outcomes) <= {"whole", "cut off", "broken", "refused"}, outcomes
         await running.until(running.all_ready)
         await running.settled()

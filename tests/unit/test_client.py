@@ -49,11 +49,10 @@ def streaming(*parts: str, pause: float = 0.0) -> Callable[[web.Request], Awaita
 
 
 async def test_an_answer_has_a_first_token_gaps_and_what_usage_counts() -> None:
-    answer = await asked(streaming(text("a"), text("b"), text("c"), ENDING, usage(7, 3), DONE, pause=0.02))
+    answer = await asked(streaming(text("a"), text("b"), text("c"), ENDING, usage(7, 3), DONE))
     assert (answer.tokens, answer.prompt_tokens, answer.cached_tokens, answer.events) == (3, 7, 3, 3)
     assert len(answer.gaps) == 2
-    assert all(gap > 0.01 for gap in answer.gaps)
-    assert 0 < answer.first < answer.first + sum(answer.gaps) <= answer.whole
+    assert 0 < answer.first <= answer.first + sum(answer.gaps) <= answer.whole
 
 
 async def test_events_may_be_cut_anywhere_and_end_in_either_newline() -> None:

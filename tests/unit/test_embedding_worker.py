@@ -12,7 +12,8 @@ from runtime import bundle, ort
 from runtime.engine import EngineError
 from runtime.messages import Cancel, Embed, Embedded, Generate, Heartbeat, Progress, Refused, Reply
 from tests import embedders, tiny
-from tests.unit.test_worker import Front, worker
+from tests.unit.test_worker import Front, stopped, worker
+from tests.waiting import HANGS_SECONDS
 
 Floats = npt.NDArray[np.float32]
 
@@ -85,7 +86,7 @@ def test_a_request_of_a_few_texts_does_not_wait_for_one_of_thousands(bert_bundle
 
 
 def test_cancelling_refusing_and_time_limits(bert_bundle: Path, address: str) -> None:
-    with worker(bert_bundle, address, "--queue=2", "--queue-tokens=300000"):
+    with worker(bert_bundle, address, "--queue=2", "--queue-tokens=300000") as process:
         front = Front(address)
         front.wait_ready()
         wrong = {
@@ -109,14 +110,15 @@ def test_cancelling_refusing_and_time_limits(bert_bundle: Path, address: str) ->
             assert reply.id == id_
             assert words in reply.message
         big = [[5] * 128] * 2048
-        front.send(Embed("big", big, total_seconds=600))
-        front.send(Embed("too much", big))
-        front.send(Embed("hasty", [[5] * 9], queue_seconds=1e-9, priority=100))
-        front.send(Embed("one", [[5] * 5] * 9, priority=99))
-        front.send(Embed("two", [[5] * 5] * 9, priority=99))
-        front.send(Embed("one too many", [[5] * 5]))
-        front.send(Cancel("big"))
-        front.send(Cancel("never heard of"))
+        with stopped(process):
+            front.send(Embed("big", big, total_seconds=600))
+            front.send(Embed("too much", big))
+            front.send(Embed("hasty", [[5] * 9], queue_seconds=1e-9, priority=100))
+            front.send(Embed("one", [[5] * 5] * 9, priority=99))
+            front.send(Embed("two", [[5] * 5] * 9, priority=99))
+            front.send(Embed("one too many", [[5] * 5]))
+            front.send(Cancel("big"))
+            front.send(Cancel("never heard of"))
         came: dict[str, str] = {}
         while len(came) < 6:
             reply = news(front)
@@ -130,7 +132,7 @@ def test_cancelling_refusing_and_time_limits(bert_bundle: Path, address: str) ->
         assert came["too much"] == "queue full"
         assert came["hasty"] == "timeout"
         assert "queue full" in (came["two"], came["one too many"])
-        front.send(Embed("cut", big, total_seconds=0.3))
+        front.send(Embed("cut", big, total_seconds=0.03))
         reply = news(front)
         assert isinstance(reply, Progress)
         assert reply.rows[0].finish == "timeout"
@@ -144,11 +146,10 @@ def test_a_front_end_that_dies_frees_the_engine(bert_bundle: Path, address: str)
         living.wait_ready()
         for number in range(8):
             dying.send(Embed(f"big-{number}", [[5] * 128] * 2048))
-        deadline = time.monotonic() + 60
         while not living.beat().running:
-            assert time.monotonic() < deadline, "the requests were over before a heartbeat could tell of them"
+            pass
         dying.socket.close()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + HANGS_SECONDS
         while living.beat().running:
             assert time.monotonic() < deadline, "the dead front end's request still runs"
         living.send(Embed("mine", [[5]]))
@@ -184,7 +185,7 @@ def test_a_damaged_bundle_ends_the_worker_with_a_sentence(bert_bundle: Path, add
     raw[5000] ^= 1
     weights.write_bytes(raw)
     with worker(damaged, address) as process:
-        _, complaint = process.communicate(timeout=60)
+        _, complaint = process.communicate(timeout=HANGS_SECONDS)
     assert process.returncode == 2
     assert b"is not the file that was exported" in complaint
 

@@ -150,7 +150,8 @@ def test_given_a_model_when_exported_then_the_folder_holds_what_the_manifest_nam
 def test_given_a_model_when_exported_then_every_float_token_was_transformers_own(tiny_bundle: Path) -> None:
     proof = bundle.read(tiny_bundle).by_name["cpu-fp32"].verification
     assert proof is not None
-    assert proof.tokens == proof.equal == 6 * 24
+    assert proof.tokens == proof.equal == 7 * 24  # six texts, and one that ends with the last position
+    assert proof.longest == tiny.POSITIONS
     assert proof.reference.startswith("transformers 5")
 
 
@@ -275,8 +276,8 @@ def test_given_a_damaged_older_variant_when_another_is_exported_then_it_is_not_k
     ("prepare", "sentence"),
     [
         (lambda folder: None, "there is no {folder}; a model is a folder with config.json, a .gguf file, or a hub id"),
-        (lambda folder: folder.mkdir(), "{folder} has no config.json and no GGUF file; name one file"),
-        (lambda folder: folder.write_text("hello"), "{folder} is no GGUF file; give the model's folder or a .gguf file"),
+        (lambda folder: folder.mkdir(), "{folder} is empty; a model is a folder with config.json and weights, or a .gguf file"),
+        (lambda folder: folder.write_text("hello"), "{folder} is not a GGUF file; give the model's folder, or a .gguf file"),
     ],
 )
 def test_given_no_model_at_a_path_when_exported_then_the_command_says_so_in_one_sentence(
@@ -386,11 +387,11 @@ def truncate(path: Path, size: int) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda model: truncate(model / "model.safetensors", 100_000), "mine could not be loaded from {model}: "),
-        (lambda model: truncate(model / "model.safetensors", 0), "mine could not be loaded from {model}: "),
-        (lambda model: (model / "model.safetensors").unlink(), "mine could not be loaded from {model}: "),
-        (lambda model: truncate(model / "config.json", 1), "mine could not be loaded from {model}: "),
-        (lambda model: (model / "config.json").write_text("{}"), "mine is no causal LM that transformers can load: "),
+        (lambda model: truncate(model / "model.safetensors", 100_000), "{model}/model.safetensors is cut off: it has 100000"),
+        (lambda model: truncate(model / "model.safetensors", 0), "{model}/model.safetensors is empty; fetch"),
+        (lambda model: (model / "model.safetensors").unlink(), "{model} has a config.json but no weights (model.safetensors, "),
+        (lambda model: truncate(model / "config.json", 1), "{model}/config.json is not valid JSON ("),
+        (lambda model: (model / "config.json").write_text("{}"), "{model}/config.json is empty; fetch"),
         (lambda model: (model / "config.json").write_text('{"model_type": "nonsense"}'), "mine is no causal LM "),
         (
             lambda model: tensors(model, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight")),
@@ -546,8 +547,10 @@ def test_given_a_hub_id_and_no_network_when_exported_then_the_command_says_so_in
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("engineshed: "))
-    assert line.startswith("engineshed: someone/model could not be fetched from the hub (")
-    assert line.endswith("check its name, that it is open to you (`hf auth login`) and the network, or give a local folder")
+    assert line == (
+        "engineshed: there is no folder or file someone/model here, and it could not be fetched from the hub; check the "
+        "network, or give a local folder"
+    )
     assert left(tmp_path / "engines") == []
 
 
@@ -590,7 +593,7 @@ def test_given_an_engine_with_other_tokens_when_proved_then_nothing_is_published
     damaged_trace(monkeypatch)
     said = refused(published.parent, tiny.recipe(tiny_model, build), verify=True, kind=UnsupportedModel)
     assert said.startswith(sentence)
-    assert "of 144" in said
+    assert "of 168" in said
     assert "--no-verify publishes it all the same" in said
     assert left(published.parent) == ["tiny"]
 

@@ -25,6 +25,7 @@ from runtime.ort import OrtEngine
 from tests import schemas
 from tests.unit.test_loop import FRONT, drain, prompt, run, tokens
 from tests.unit.test_worker import Front, worker
+from tests.waiting import HANGS_SECONDS
 
 SLOTS = 4
 CONTEXT = 512
@@ -63,7 +64,7 @@ def text(tiny_bundle: Path) -> Tokenizer:
 
 def wait_until_idle(grammars: Grammars, constraint: Constraint) -> None:
     """The mask of its beginning is found in a thread."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANGS_SECONDS
     while not any(matcher.constraint == constraint for matcher in grammars._idle):
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -308,16 +309,18 @@ def test_a_mask_that_is_late_holds_up_nobody_else(
     assert bound.constraint is not None
     wait_until_idle(grammars, bound.constraint)
     real, times = Masks.fill, itertools.count()
+    order: list[str] = []
 
     def late(self: Masks, matcher: Any, row: int = 0) -> None:
         if next(times) < 3:
-            time.sleep(0.2)
+            seen, deadline = order.count("free"), time.monotonic() + 1  # Before the other has begun, this one is waited for.
+            while order.count("free") < seen + 7 and time.monotonic() < deadline:
+                time.sleep(0.001)
         real(self, matcher, row)
 
     monkeypatch.setattr(Masks, "fill", late)
     loop.submit(FRONT, bound)
     loop.submit(FRONT, asking("free", None, max_tokens=60))
-    order = []
     rows: dict[str, list[Row]] = {}
     while loop.busy:
         for news in loop.step():

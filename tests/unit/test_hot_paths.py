@@ -38,6 +38,7 @@ class Instant:
     chunk = 128
     rows = 64
     runs_ahead = False
+    length_boundaries: tuple[int, ...] = ()
 
     def __init__(self) -> None:
         self._chance = np.random.default_rng(0)

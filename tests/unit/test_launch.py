@@ -10,6 +10,7 @@ import pytest
 
 from bench import launch
 from bench.launch import Launched, LaunchError
+from tests.waiting import HANGS_SECONDS
 
 LISTENING = "import socket; s = socket.create_server(('127.0.0.1', {port})); s.accept()"
 """A server, as far as launching is concerned."""
@@ -31,7 +32,7 @@ def gone(process: psutil.Process) -> bool:
 
 def told(launched: Launched) -> str:
     """What is said once the process has ended."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANGS_SECONDS
     while time.monotonic() < deadline:
         try:
             launched.check()
@@ -43,7 +44,7 @@ def told(launched: Launched) -> str:
 
 def family(launched: Launched, count: int) -> list[psutil.Process]:
     """The processes of a command line once there are `count` of them."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANGS_SECONDS
     while True:
         found = [psutil.Process(launched.pid), *psutil.Process(launched.pid).children(recursive=True)]
         if len(found) == count:
@@ -55,7 +56,7 @@ def family(launched: Launched, count: int) -> list[psutil.Process]:
 def test_the_port_is_free_and_in_the_command_and_the_address() -> None:
     with Launched("it", python(LISTENING)) as launched:
         assert launched.url.port is not None
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + HANGS_SECONDS
         while True:
             launched.check()
             try:

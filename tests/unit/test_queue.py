@@ -23,7 +23,7 @@ def waiting(client: str = "", priority: int = 0, prompt: int = 2, answer: int = 
 
 def serve(sequence: Sequence, tokens: int) -> None:
     """Let `sequence` have so many more tokens, its prompt among them."""
-    computed = min(tokens, sequence.prompt_left)
+    computed = min(tokens, sequence.prefix_left)
     sequence.computed += computed
     sequence.tokens += [1] * (tokens - computed)
 
@@ -142,7 +142,7 @@ def test_prompt_tokens_that_were_found_in_a_slot_cost_nothing() -> None:
         queue.push(waiting(client, prompt=200))
     for sequence in (queue.pop(), queue.pop()):
         sequence.computed = sequence.cached = 190 if sequence.request.client == "found" else 0
-        serve(sequence, sequence.prompt_left + 5)
+        serve(sequence, sequence.prefix_left + 5)
         queue.end(sequence)
     assert queue.pop().request.client == "found"
 

@@ -12,6 +12,7 @@ import pytest
 from bench import http
 from runtime.messages import Generate, Row
 from server.engine_client import EngineClient
+from tests.waiting import HANGS_SECONDS
 
 TOKENS = [7, 8, 9]
 
@@ -31,7 +32,7 @@ def address(tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 async def client(address: str) -> AsyncIterator[EngineClient]:
     client = EngineClient(address)
-    await asyncio.wait_for(client.attach(), 20)
+    await asyncio.wait_for(client.attach(), HANGS_SECONDS)
     yield client
     client.close(ConnectionError("the test is over"))
 
@@ -41,7 +42,7 @@ async def rows(client: EngineClient, max_tokens: int) -> list[Row]:
     with client.generate(Generate("", [1], max_tokens)) as answer:
         found: list[Row] = []
         while not found or found[-1].finish is None:
-            found += await asyncio.wait_for(answer.rows(), 5)
+            found += await asyncio.wait_for(answer.rows(), HANGS_SECONDS)
         return found
 
 
@@ -67,7 +68,7 @@ async def test_answers_run_beside_each_other(client: EngineClient) -> None:
 
 async def test_a_cancelled_answer_leaves_the_others_alone(client: EngineClient) -> None:
     with client.generate(Generate("", [1], 10_000)) as answer:
-        await asyncio.wait_for(answer.rows(), 5)
+        await asyncio.wait_for(answer.rows(), HANGS_SECONDS)
     assert len(await rows(client, 4)) == 2
     assert client.in_flight == 0
 

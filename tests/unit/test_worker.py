@@ -16,8 +16,9 @@ import pytest
 import zmq
 
 from runtime import bundle, messages
-from runtime.messages import Attach, Cancel, Generate, Heartbeat, Progress, Ready, Refused, Reply, Row
+from runtime.messages import Attach, Cancel, Generate, Heartbeat, HeartbeatRequest, Progress, Ready, Refused, Reply, Row
 from tests.unit.test_orphan import gone
+from tests.waiting import HANGS_SECONDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,11 +30,12 @@ class Front:
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.connect(address)
+        self._asked = 0
 
     def send(self, message: messages.Request) -> None:
         self.socket.send(messages.encode(message))
 
-    def receive(self, seconds: float = 30) -> Reply:
+    def receive(self, seconds: float = HANGS_SECONDS) -> Reply:
         assert self.socket.poll(int(seconds * 1000)), f"nothing came within {seconds} s"
         return messages.decode_reply(self.socket.recv())
 
@@ -53,8 +55,10 @@ class Front:
         return rows
 
     def beat(self) -> Heartbeat:
-        """The next heartbeat."""
-        while not isinstance(reply := self.receive(), Heartbeat):
+        """What the worker holds when it has read all that was sent before."""
+        self._asked += 1
+        self.send(HeartbeatRequest(self._asked))
+        while not (isinstance(reply := self.receive(), Heartbeat) and reply.number == self._asked):
             pass
         return reply
 
@@ -71,6 +75,16 @@ def worker(folder: Path, address: str, *options: str) -> Iterator[subprocess.Pop
         process.wait(10)
 
 
+@contextmanager
+def stopped(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """The worker stands still, and finds all that is sent meanwhile at once."""
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
 @pytest.fixture
 def address(tmp_path: Path) -> str:
     return f"ipc://{tmp_path}/worker.sock"
@@ -85,7 +99,6 @@ def test_a_request_runs_and_the_heartbeat_counts_it(tiny_bundle: Path, address: 
         rows = front.rows("a")
         assert sum(len(row.tokens) for row in rows) == 4
         assert rows[-1].finish == "length"
-        front.beat()
         beat = front.beat()
         assert (beat.running, beat.waiting, beat.prompt_tokens, beat.generated_tokens, beat.finished) == (0, 0, 3, 4, 1)
         assert (sum(beat.queue_counts), sum(beat.step_counts), sum(beat.batch_counts)) == (1, beat.steps, beat.decode_steps)
@@ -100,7 +113,6 @@ def test_guesses_are_counted_and_can_be_turned_off(tiny_bundle: Path, address: s
             front.wait_ready()
             front.send(msgspec.structs.replace(request, prediction=answered[0] if answered else []))
             answered.append([token for row in front.rows("a") for token in row.tokens])
-            front.beat()
             beat = front.beat()
         assert answered[-1] == answered[0]
         assert (beat.accepted_tokens > 40) is (number == 2), beat
@@ -114,7 +126,7 @@ def test_a_draft_engine_with_another_tokenizer_is_refused(tiny_bundle: Path, add
     assert digest is not None
     (other / "bundle.json").write_text(manifest.replace(digest, "0" * 64))
     with worker(tiny_bundle, address, f"--draft={other}") as process:
-        _, complaint = process.communicate(timeout=30)
+        _, complaint = process.communicate(timeout=HANGS_SECONDS)
     assert process.returncode == 2
     assert b"another tokenizer" in complaint
 
@@ -131,13 +143,14 @@ def test_two_front_ends_may_use_the_same_request_id(tiny_bundle: Path, address: 
 
 
 def test_cancelling_and_refusing(tiny_bundle: Path, address: str) -> None:
-    with worker(tiny_bundle, address):
+    with worker(tiny_bundle, address) as process:
         front = Front(address)
         front.wait_ready()
-        front.send(Generate("long", [5], max_tokens=250))
-        front.send(Generate("too long", [5] * 256, max_tokens=1))
-        front.send(Cancel("long"))
-        front.send(Cancel("never heard of"))
+        with stopped(process):
+            front.send(Generate("long", [5], max_tokens=250))
+            front.send(Generate("too long", [5] * 256, max_tokens=1))
+            front.send(Cancel("long"))
+            front.send(Cancel("never heard of"))
         seen: dict[str, Reply] = {}
         while len(seen) < 2:
             reply = front.receive()
@@ -150,15 +163,16 @@ def test_cancelling_and_refusing(tiny_bundle: Path, address: str) -> None:
 
 
 def test_time_limits_and_the_limit_of_waiting_tokens(tiny_bundle: Path, address: str) -> None:
-    with worker(tiny_bundle, address, "--slots=1", "--queue=9", "--queue-tokens=300", "--no-speculation"):
+    with worker(tiny_bundle, address, "--slots=1", "--queue=9", "--queue-tokens=300", "--no-speculation") as process:
         front = Front(address)
         front.wait_ready()
         front.send(Generate("cut", [5] * 20, max_tokens=235, total_seconds=0.005))
         assert front.rows("cut")[-1].finish == "timeout"
-        front.send(Generate("runs", [5] * 20, max_tokens=235))
-        front.send(Generate("hasty", [5], max_tokens=1, queue_seconds=0.001, priority=1))
-        front.send(Generate("waits", [5] * 20, max_tokens=235))
-        front.send(Generate("too much", [5] * 20, max_tokens=235, client="other"))
+        with stopped(process):
+            front.send(Generate("runs", [5] * 20, max_tokens=235))
+            front.send(Generate("hasty", [5], max_tokens=1, queue_seconds=0.001, priority=1))
+            front.send(Generate("waits", [5] * 20, max_tokens=235))
+            front.send(Generate("too much", [5] * 20, max_tokens=235, client="other"))
         came: dict[str, str] = {}
         while len(came) < 3:
             reply = front.receive()
@@ -169,7 +183,6 @@ def test_time_limits_and_the_limit_of_waiting_tokens(tiny_bundle: Path, address:
         assert came == {"runs": "length", "hasty": "timeout", "too much": "queue full"}
         front.send(Cancel("waits"))
         front.rows("waits")
-        front.beat()
         beat = front.beat()
         assert (beat.timeouts, beat.waiting_tokens) == (2, 0)
         assert beat.queue_seconds > 0
@@ -186,7 +199,7 @@ def test_a_front_end_that_dies_frees_its_slots(tiny_bundle: Path, address: str) 
         while not isinstance(dying.receive(), Progress):
             pass
         dying.socket.close()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + HANGS_SECONDS
         while (beat := living.beat()).running or beat.waiting:
             assert time.monotonic() < deadline, "the dead front end's requests still run"
         living.send(Generate("mine", [5], max_tokens=2))
@@ -211,7 +224,7 @@ def test_the_worker_ends_with_its_parent_also_in_the_middle_of_work(tiny_bundle:
         front.send(Generate("long", [5], max_tokens=250))
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait(10) == 0
+        assert process.wait(HANGS_SECONDS) == 0
 
 
 def test_a_worker_that_hangs_does_not_outlive_a_parent_that_is_killed(tiny_bundle: Path, address: str) -> None:
@@ -224,7 +237,7 @@ def test_a_worker_that_hangs_does_not_outlive_a_parent_that_is_killed(tiny_bundl
             worker.suspend()
         finally:
             parent.kill()
-        assert gone(worker, seconds=1)
+        assert gone(worker)
 
 
 def test_a_worker_stays_on_its_cores(tiny_bundle: Path, address: str) -> None:
@@ -242,7 +255,7 @@ def test_cores_that_there_are_not_end_the_worker_with_a_sentence(
     tmp_path: Path, address: str, cores: str, complaint: bytes
 ) -> None:
     with worker(tmp_path, address, f"--cores={cores}") as process:
-        _, message = process.communicate(timeout=30)
+        _, message = process.communicate(timeout=HANGS_SECONDS)
     assert process.returncode == 2
     assert complaint in message
     assert b"Traceback" not in message
@@ -268,7 +281,7 @@ def test_ctrl_c_in_the_terminal_is_the_parents_affair(tiny_bundle: Path, address
 
 def test_an_engine_that_cannot_be_loaded_ends_the_worker_with_a_sentence(tmp_path: Path, address: str) -> None:
     with worker(tmp_path, address) as process:
-        assert process.wait(60) == 2
+        assert process.wait(HANGS_SECONDS) == 2
         assert process.stderr is not None
         message = process.stderr.read().decode()
         assert "no engine bundle" in message

@@ -74,7 +74,7 @@ def test_tensorrts_provider_is_told_the_shapes(load_graph: Load, greedy: Greedy,
     providers = made()["model.onnx"].providers
     assert list(providers) == ["TensorrtExecutionProvider", sessions.CUDA]
     options = providers["TensorrtExecutionProvider"]
-    assert options["trt_profile_min_shapes"].startswith("input_ids:1x1,position_ids:1x1,kv_lengths:1,kv_range:1,logit_rows:1,")
+    assert options["trt_profile_min_shapes"].startswith("input_ids:1x1,position_ids:1x1,kv_lengths:1,kv_range:1,")
     assert "past.0.key:1x2x64x16" in options["trt_profile_min_shapes"]
     assert options["trt_profile_max_shapes"].startswith(f"input_ids:{SLOTS}x{engine.chunk},")
     assert options["trt_engine_cache_path"] == str(tmp_path)

@@ -21,6 +21,7 @@ from server.served import Served
 from server.service import Service
 from server.supervision import status as describe
 from tests.unit.server.scripted import Attached, ScriptedWorker
+from tests.waiting import HANGS_SECONDS
 
 
 @dataclass
@@ -44,7 +45,7 @@ class House:
         asking = asyncio.ensure_future(self.http.post(path, json=body, headers=headers))
         request = await self.worker.next(Generate)
         await self.worker.say(request, first)
-        return await asyncio.wait_for(asking, 5), request
+        return await asyncio.wait_for(asking, HANGS_SECONDS), request
 
 
 @asynccontextmanager
@@ -54,7 +55,7 @@ async def serving(service: Service) -> AsyncIterator[aiohttp.ClientSession]:
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0]
-    async with aiohttp.ClientSession(f"http://{host}:{port}", timeout=aiohttp.ClientTimeout(20)) as http:
+    async with aiohttp.ClientSession(f"http://{host}:{port}", timeout=aiohttp.ClientTimeout(HANGS_SECONDS)) as http:
         yield http
     await runner.cleanup()
 

@@ -14,9 +14,22 @@ import zmq
 import zmq.asyncio
 
 from runtime import messages
-from runtime.messages import Attach, Cancel, Finish, Generate, Heartbeat, Progress, Ready, Refused, Reply, Row
+from runtime.messages import (
+    Attach,
+    Cancel,
+    Finish,
+    Generate,
+    Heartbeat,
+    HeartbeatRequest,
+    Progress,
+    Ready,
+    Refused,
+    Reply,
+    Row,
+)
 from runtime.text import Text
 from server.engine_client import EngineClient
+from tests.waiting import HANGS_SECONDS
 
 READY = Ready(model="tiny", variant="cpu-int4", slots=2, context=64, queue=4, vocab_size=256, pid=os.getpid())
 IDLE = Heartbeat(
@@ -50,6 +63,8 @@ class ScriptedWorker:
     text: Text
     ready: Ready = READY
     received: "asyncio.Queue[Generate | Cancel]" = field(default_factory=asyncio.Queue)
+    held: Heartbeat = IDLE
+    """What it tells who asks for a heartbeat."""
 
     async def __aenter__(self) -> Self:
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
@@ -64,7 +79,7 @@ class ScriptedWorker:
 
     async def next(self, kind: type[Kind]) -> Kind:
         """The next request that arrives, which must be of this kind."""
-        message = await asyncio.wait_for(self.received.get(), 5)
+        message = await asyncio.wait_for(self.received.get(), HANGS_SECONDS)
         assert isinstance(message, kind), message
         return message
 
@@ -87,7 +102,8 @@ class ScriptedWorker:
 
     async def beat(self, **numbers: float) -> None:
         """A heartbeat that differs from an idle one in `numbers`."""
-        await self.send(msgspec.structs.replace(IDLE, **numbers))
+        self.held = msgspec.structs.replace(IDLE, **numbers)
+        await self.send(self.held)
 
     async def send(self, reply: Reply) -> None:
         await self._socket.send_multipart([self._front_end, messages.encode(reply)])
@@ -101,3 +117,5 @@ class ScriptedWorker:
                     await self.send(self.ready)
                 case Generate() | Cancel() as message:
                     self.received.put_nowait(message)
+                case HeartbeatRequest(number):
+                    await self.send(msgspec.structs.replace(self.held, number=number))

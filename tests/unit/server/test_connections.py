@@ -21,10 +21,13 @@ from runtime.text import Text
 from server import files
 from server.engine_client import PENDING_TOKENS
 from server.supervision.process import EngineProcess
+from tests.waiting import HANGS_SECONDS
 
 IDLE, STREAMS, TOKENS = 1000, 200, 60
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 SLOW_READERS = 5
+PROMPTS = "engineshed_prompt_tokens_total"
+"""Of answers that have begun; each byte is a token."""
 MOST_FOR_A_READER = 2 * 2**20
 """Bytes that a slow reader may cost: PENDING_TOKENS with what Python makes of them, and what asyncio and malloc add."""
 
@@ -51,7 +54,7 @@ def start(tmp_path: Path, bundle: Bundle, text: Text) -> Iterator[Start]:
 @pytest.fixture
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(60)) as session:
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(HANGS_SECONDS)) as session:
         yield session
 
 
@@ -65,7 +68,7 @@ class Idler:
     async def ask(self) -> bytes:
         """The status line of an answer on this connection."""
         self._writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-        answer = await asyncio.wait_for(self._reader.readuntil(b"}"), 10)
+        answer = await asyncio.wait_for(self._reader.readuntil(b"}"), HANGS_SECONDS)
         return answer.partition(b"\r\n")[0]
 
     def close(self) -> None:
@@ -124,11 +127,9 @@ async def numbers(http: aiohttp.ClientSession, port: int) -> dict[str, float]:
 
 
 async def until(http: aiohttp.ClientSession, port: int, name: str, value: float) -> None:
-    """Wait for a metric, which comes with a heartbeat."""
-    async with asyncio.timeout(60):
-        while True:
-            if (await numbers(http, port)).get(name) == value:
-                return
+    """Wait for a metric."""
+    async with asyncio.timeout(HANGS_SECONDS):
+        while (await numbers(http, port)).get(name) != value:
             await asyncio.sleep(0.05)
 
 
@@ -136,6 +137,7 @@ async def test_clients_that_stop_reading_cost_little_memory_and_no_slot(start: S
     port, process = start(steps=1000.0, row_tokens=32, context=10**6)
     await stream(http, port)
     before = process.memory_info().rss
+    begun = (await numbers(http, port))[PROMPTS]
     body = json.dumps({"prompt": "hi", "max_tokens": 900_000, "stream": True, "logprobs": 0}).encode()
     readers = []
     for _ in range(SLOW_READERS):
@@ -144,7 +146,7 @@ async def test_clients_that_stop_reading_cost_little_memory_and_no_slot(start: S
         reader.connect(("127.0.0.1", port))
         reader.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         readers.append(reader)
-    await until(http, port, "engineshed_requests_running", SLOW_READERS)
+    await until(http, port, PROMPTS, begun + SLOW_READERS * len("hi"))
     await until(http, port, "engineshed_requests_running", 0)  # They were cancelled: nothing else would end them.
     assert process.memory_info().rss - before < SLOW_READERS * MOST_FOR_A_READER
     await stream(http, port)  # and who reads gets an answer
@@ -164,8 +166,24 @@ async def test_a_client_of_http_1_0_gets_its_stream_without_chunks(start: Start)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     body = json.dumps({"prompt": "hi", "max_tokens": TOKENS}).encode()
     writer.write(b"POST /v1/generate HTTP/1.0\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-    head, _, text = (await asyncio.wait_for(reader.read(), 10)).decode().partition("\r\n\r\n")
+    head, _, text = (await asyncio.wait_for(reader.read(), HANGS_SECONDS)).decode().partition("\r\n\r\n")
     assert "chunked" not in head
     assert len(text) == TOKENS
     assert text in ALPHABET * (2 + TOKENS // len(ALPHABET))
     writer.close()
+
+
+async def test_the_gauge_of_running_requests_is_exact_at_every_scrape(start: Start, http: aiohttp.ClientSession) -> None:
+    """Heartbeats come once a second; here none of 40 scrapes reads an old one."""
+    port, _ = start(steps=50.0, context=10**6)
+    body = {"prompt": "hi", "max_tokens": 900_000, "stream": True}
+    streams: list[aiohttp.ClientResponse] = []
+    for count in range(1, 21):
+        streams.append(await http.post(f"http://127.0.0.1:{port}/v1/completions", json=body))
+        assert (await numbers(http, port))["engineshed_requests_running"] == count
+    for response in streams:
+        response.close()
+    await until(http, port, "engineshed_requests_running", 0)
+    for _ in range(20):
+        await http.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "hi", "max_tokens": 2})
+        assert (await numbers(http, port))["engineshed_requests_running"] == 0

@@ -23,6 +23,7 @@ from server.supervision.launch import Launch
 from server.supervision.placement import Seat
 from server.supervision.workers import Worker
 from tests.unit.server.house import service_for, serving
+from tests.waiting import HANGS_SECONDS
 
 SCRIPT = [sys.executable, "-P", "-m", "tests.unit.server.scripted_process"]
 HOPELESS = [sys.executable, "-c", "raise SystemExit(2)", "--"]
@@ -38,7 +39,7 @@ async def deployed(bundle: Bundle, *commands: Sequence[str]) -> AsyncIterator[De
     ]
     deployment = Deployment(entry, launches, 60.0, lambda: None)
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANGS_SECONDS):
             yield deployment
     finally:
         await deployment.stop()
@@ -70,7 +71,9 @@ async def test_a_worker_that_dies_is_replaced_and_the_others_answers_go_on(
         pair = deployment.workers
         first, second = [(await until_ready(worker)).pid for worker in pair]
         async with serving(service_for(bundle, text, *pair)) as http:
-            broken, whole = await stream(http, 60), await stream(http, 60)
+            broken = await stream(http, 60)
+            os.kill(first, signal.SIGSTOP)
+            whole = await stream(http, 60)
             os.kill(first, signal.SIGKILL)
             assert "engine_unavailable" in await broken.text()
             assert (await http.get("/readyz")).status == 200
@@ -118,12 +121,12 @@ async def test_a_worker_that_dies_three_times_before_it_answers_is_given_up(
 
 
 async def test_the_processes_end_at_the_same_time(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "STOP_SECONDS", 1.0)
+    monkeypatch.setattr(workers, "STOP_SECONDS", 2.0)
     async with deployed(bundle, *[[*SCRIPT, "--deaf"]] * 4) as deployment:
         pids = [(await until_ready(worker)).pid for worker in deployment.workers]
         begin = asyncio.get_running_loop().time()
         await deployment.stop()
-        assert asyncio.get_running_loop().time() - begin < 3, "one after another they would take four seconds"
+        assert asyncio.get_running_loop().time() - begin < 8, "one after another they would take eight seconds"
         assert not any(map(exists, pids))
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from runtime.messages import Cancel, Generate, Sampling
 from tests.unit.server.house import House
+from tests.waiting import HANGS_SECONDS
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -264,7 +265,7 @@ async def test_generate_gives_json_lines_to_who_accepts_them(house: House) -> No
 
 
 async def chunk(response: aiohttp.ClientResponse) -> bytes:
-    data, _ = await asyncio.wait_for(response.content.readchunk(), 5)
+    data, _ = await asyncio.wait_for(response.content.readchunk(), HANGS_SECONDS)
     return data
 
 

@@ -17,6 +17,7 @@ from server.access import CLIENT, Access, require_admin
 from server.keys import Keys, KeysError
 from server.service import Service
 from tests.unit.server.house import House
+from tests.waiting import HANGS_SECONDS
 
 PROTECTED = ["/v1/models", "/v1/models/tiny", "/v1/nothing"]
 
@@ -211,7 +212,7 @@ async def raw(port: int, head: bytes) -> bytes:
     """The answer to a request's head that no client has tidied up."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(head + b"Connection: close\r\n\r\n")
-    answer = await asyncio.wait_for(reader.read(), 5)
+    answer = await asyncio.wait_for(reader.read(), HANGS_SECONDS)
     writer.close()
     return answer
 

@@ -6,6 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.messages import Generate
 from tests.unit.server.house import House
+from tests.waiting import HANGS_SECONDS
 
 
 async def numbers(house: House) -> dict[str, float]:
@@ -25,7 +26,7 @@ async def test_the_engines_numbers_are_those_of_its_last_heartbeat(house: House)
     await house.worker.beat(
         running=2, waiting=3, kv_tokens=40, steps=50, prompt_tokens=60, generated_tokens=70, step_seconds=1.5
     )
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANGS_SECONDS):
         while (told := await numbers(house))["engineshed_requests_running"] != 2:
             pass
     assert told["engineshed_requests_waiting"] == 3

@@ -9,6 +9,7 @@ import pytest
 from runtime.messages import Generate
 from server.api.bodies import MAX_BODY
 from tests.unit.server.house import House
+from tests.waiting import HANGS_SECONDS
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -282,6 +283,6 @@ async def test_what_is_no_http_is_refused_and_does_not_fill_the_log(
         host, port = response.url.host, response.url.port
     reader, writer = await asyncio.open_connection(host, port)
     writer.write(request_)
-    assert b" 400 " in await asyncio.wait_for(reader.readline(), 5)
+    assert b" 400 " in await asyncio.wait_for(reader.readline(), HANGS_SECONDS)
     writer.close()
     assert not [record for record in caplog.records if record.name.startswith(("server", "aiohttp"))]

@@ -15,6 +15,7 @@ from server.engine_client import EngineClient
 from server.replicas import Prompts, choose, least_busy
 from tests.unit.server.house import service_for, serving
 from tests.unit.server.scripted import READY, Attached, ScriptedWorker
+from tests.waiting import HANGS_SECONDS
 
 
 @asynccontextmanager
@@ -109,7 +110,7 @@ async def test_what_others_have_a_worker_do_counts_as_well(tmp_path: Path, text:
         client = EngineClient(busy.address)
         await client.attach()
         await busy.beat(running=2, waiting=1)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANGS_SECONDS):
             while client.heartbeat is None:
                 await asyncio.sleep(0.01)
         both = [Attached(client, device="busy"), *replicas]

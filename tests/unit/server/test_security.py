@@ -21,6 +21,7 @@ from server.cors import OriginError
 from server.keys import Keys
 from server.tls import TlsError, ssl_context
 from tests.unit.server.house import House
+from tests.waiting import HANGS_SECONDS
 
 PAGE = "https://example.org"
 ASKING = {
@@ -70,7 +71,7 @@ async def raw(port: int | None, target: bytes, headers: bytes = b"", method: byt
     """Status, head and body of the answer to a request that no client has tidied up."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(method + b" " + target + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + headers + b"\r\n")
-    answer = await asyncio.wait_for(reader.read(), 5)
+    answer = await asyncio.wait_for(reader.read(), HANGS_SECONDS)
     writer.close()
     head, _, body = answer.partition(b"\r\n\r\n")
     return int(head.split()[1]), head, body

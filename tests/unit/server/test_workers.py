@@ -16,13 +16,14 @@ from server.supervision import workers
 from server.supervision.process import EngineProcess, ServeError
 from server.supervision.workers import Worker, WorkerHopelessError
 from tests.unit.server.house import service_for, serving
+from tests.waiting import HANGS_SECONDS
 
 SCRIPT = [sys.executable, "-P", "-m", "tests.unit.server.scripted_process"]
 
 
 async def ready(worker: Worker, *, after: int = 0) -> tuple[EngineClient, int]:
     """The connection to a loaded engine that is not that of process `after`, and its process."""
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(HANGS_SECONDS):
         while True:
             if worker.client is not None and worker.client.ready is not None and worker.client.ready.pid != after:
                 return worker.client, worker.client.ready.pid
@@ -46,7 +47,7 @@ async def _all_rows(answer: Answer) -> list[Row]:
 
 async def test_a_worker_is_ready_when_its_engine_is_loaded_and_gone_after_the_context() -> None:
     async with Worker(SCRIPT) as worker:
-        await asyncio.wait_for(worker.loaded(), 15)
+        await asyncio.wait_for(worker.loaded(), HANGS_SECONDS)
         client, pid = await ready(worker)
         assert exists(pid)
         with client.generate(Generate("", [1], max_tokens=3)) as answer:
@@ -94,7 +95,7 @@ async def test_a_worker_that_crashes_while_loading_is_tried_again(tmp_path: Path
 async def test_a_worker_that_says_it_is_hopeless_is_not_tried_again(tmp_path: Path) -> None:
     async with Worker([*SCRIPT, "--first=hopeless", f"--marker={tmp_path}/crashed"]) as worker:
         with pytest.raises(WorkerHopelessError):
-            await asyncio.wait_for(worker.loaded(), 15)
+            await asyncio.wait_for(worker.loaded(), HANGS_SECONDS)
         with pytest.raises(WorkerHopelessError):
             await worker.hopeless()
         assert worker.restarts == 0
@@ -136,4 +137,4 @@ async def test_sockets_that_cannot_be_made_are_told_in_a_sentence(tmp_path: Path
     monkeypatch.setattr("tempfile.tempdir", str(long))
     async with Worker(SCRIPT) as worker:
         with pytest.raises(ServeError, match="shorter TMPDIR"):
-            await asyncio.wait_for(worker.loaded(), 15)
+            await asyncio.wait_for(worker.loaded(), HANGS_SECONDS)

@@ -1,0 +1,361 @@
+"""What cannot be exported is refused in one sentence that says what it is and what to do, before anything is loaded or
+built.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
+
+import engineshed
+from export import decoder, library_messages, recipe, source
+from export.errors import ExportError
+from export.recipe import Build, ModelReference
+from tests import tiny
+
+LLAMA = '{"model_type": "llama"}'
+FP32 = Build("cpu", "fp32")
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 269060552\n"
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_model: Path) -> Path:
+    """The tiny model in a folder to be changed."""
+    return shutil.copytree(tiny_model, tmp_path / "mine")
+
+
+def refused(model: Path | str, **options: Any) -> str:
+    """The sentence with which loading `model`, as the command line names it, ends."""
+    reference = recipe.of(str(model), "name", None, (FP32,)).model
+    with pytest.raises(ExportError) as error:
+        source.load(source.fetch(reference, Path("cache")), **options)
+    sentence = str(error.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def configure(folder: Path, **entries: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+# What a folder holds ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_given_a_git_lfs_pointer_when_fetched_then_it_is_named(model: Path, name: str) -> None:
+    (model / name).write_text(POINTER)
+    assert refused(model) == (
+        f"{model / name} is a git-lfs pointer, a few lines in the place of the file; run `git lfs install` and `git lfs pull` "
+        f"in "
+        f"{model}, or fetch the model with `hf download`"
+    )
+
+
+def test_given_a_git_lfs_pointer_for_a_gguf_when_fetched_then_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text(POINTER)
+    assert f"{tmp_path / 'model.gguf'} is a git-lfs pointer" in refused(tmp_path / "model.gguf")
+    assert f"{tmp_path / 'model.gguf'} is a git-lfs pointer" in refused(tmp_path)
+
+
+def test_given_an_adapter_when_fetched_then_its_base_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base", "peft_type": "LORA"}')
+    (tmp_path / "adapter_model.safetensors").touch()
+    said = refused(tmp_path)
+    assert said.startswith(
+        f"{tmp_path} holds an adapter (LoRA) for someone/base, not a model; merge it into someone/base first ("
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"model_index.json": "{}"}, "is a diffusion pipeline, which makes images"),
+        ({"model.onnx": ""}, "holds a model in ONNX (model.onnx)"),
+        ({"onnx/model.onnx": "", "config.json": LLAMA}, "holds a model in ONNX"),
+        ({"params.json": "{}", "consolidated.00.pth": ""}, "holds a model in its authors' own format (params.json)"),
+        ({"mmproj-x.gguf": ""}, "has no language model, only what reads images for one (mmproj)"),
+        ({"a.gguf": "", "b.gguf": ""}, "several GGUF files (a.gguf, b.gguf); name one file"),
+        ({"v1/config.json": "{}", "v2/config.json": "{}"}, "has no config.json, but v1, v2 in it does; name that folder"),
+        ({"notes.txt": "hello"}, "has no config.json and no GGUF file; a model is a folder with"),
+        ({"config.json": LLAMA, "tf_model.h5": ""}, "has weights for TensorFlow only (tf_model.h5)"),
+        ({"config.json": LLAMA, "flax_model.msgpack": ""}, "has weights for Flax only (flax_model.msgpack)"),
+        ({"config.json": LLAMA, "x.gguf": ""}, "has no model.safetensors, but x.gguf; name that file to"),
+        ({"config.json": LLAMA, "x.safetensors": ""}, "it has x.safetensors, which transformers would not"),
+        ({"config.json": LLAMA}, "has a config.json but no weights"),
+        ({"config.json": "[1, 2]"}, "config.json is not a model's configuration: it holds a list, not an object"),
+        ({"config.json": "{}"}, "config.json is empty"),
+        ({"config.json": "model"}, "config.json is not valid JSON"),
+        ({"config.json": "[" * 100_000}, "config.json is not valid JSON"),
+        ({"config.json": '{"hidden_size": 64}'}, "config.json does not say of which kind the model is (model_type)"),
+        ({"config.json": '{"_class_name": "UNet", "_diffusers_version": "1"}'}, "is a part of a diffusion pipeline (UNet)"),
+        ({"config.json": LLAMA, "model.safetensors": "no"}, "is cut off or not a safetensors file"),
+        (
+            {"config.json": LLAMA, "shard-00001-model-00001-of-00001.safetensors": ""},
+            "holds a distributed checkpoint",
+        ),
+    ],
+)  # fmt: skip
+def test_given_a_folder_that_is_no_model_when_loaded_then_it_is_told_what_it_is(
+    tmp_path: Path, files: dict[str, str], said: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert said in refused(tmp_path)
+
+
+def test_given_a_gguf_beside_what_reads_images_when_fetched_then_the_model_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "mmproj-x.gguf").write_text("a")
+    (tmp_path / "x.gguf").write_text("b")
+    assert source.fetch(ModelReference(path=str(tmp_path)), tmp_path / "cache").gguf_file == "x.gguf"
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        (
+            {"weight_map": {"a": "model-00001-of-00002.safetensors"}},
+            "lacks model-00001-of-00002.safetensors, which its model.saf",
+        ),
+        ({"weight_map": {}}, "does not say which file holds which weight"),
+        ([], "does not say which file holds which weight"),
+    ],
+)
+def test_given_an_index_that_is_not_complete_when_loaded_then_it_is_refused(model: Path, index: object, said: str) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert said in refused(model)
+
+
+def test_given_weights_of_which_the_end_is_missing_when_loaded_then_both_sizes_are_told(model: Path) -> None:
+    path = model / "model.safetensors"
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    assert f"{path} is cut off: it has {size - 1} bytes where its header declares {size}" in refused(model)
+
+
+def test_given_a_weight_file_in_a_models_folder_when_fetched_then_the_folder_is_named(model: Path) -> None:
+    path = model / "model.safetensors"
+    assert refused(path) == f"{path} is not a GGUF file; give its folder, {model}, or a .gguf file"
+
+
+# What kind of model it is -------------------------------------------------------------------------------------------------
+
+
+def test_given_a_model_of_another_kind_when_loaded_then_it_is_named(tmp_path: Path) -> None:
+    T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_ff=48, num_layers=1, num_heads=2)).save_pretrained(
+        tmp_path / "t5"
+    )
+    vit = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=32)
+    ViTForImageClassification(vit).save_pretrained(tmp_path / "vit")
+    for name, kind in (("t5", "T5"), ("vit", "ViT")):
+        assert refused(tmp_path / name).startswith(
+            f"{name} is no causal LM that transformers can load: a {kind} is not a decoder that continues text"
+        )
+
+
+def test_given_an_unknown_type_when_loaded_then_it_is_named(model: Path) -> None:
+    configure(model, model_type="of-tomorrow")
+    assert "its model type 'of-tomorrow' is unknown to transformers 5" in refused(model)
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ({"rope_type": "dynamic"}, "Missing required keys in `rope_parameters` for 'rope_type'='dynamic': {'factor'}"),
+        ({"rope_type": "nonsense"}, "nonsense (Missing validation function in 'RotaryEmbeddingConfigMixin' for"),
+        ({"rope_type": "yarn", "factor": "x"}, "`rope_parameters`'s factor field must be a float or int >= 1, got x"),
+    ],
+)
+def test_given_a_configuration_that_contradicts_itself_when_loaded_then_the_entry_is_named(
+    model: Path, rope: dict[str, Any], said: str
+) -> None:
+    configure(model, rope_parameters=rope | {"rope_theta": 10000.0})
+    assert said in refused(model)
+
+
+@pytest.mark.parametrize("entry", [{"num_attention_heads": 0}, {"hidden_act": "x"}, {"hidden_size": "64"}, {"vocab_size": -1}])
+def test_given_an_entry_that_makes_no_model_when_loaded_then_it_is_one_sentence(model: Path, entry: dict[str, Any]) -> None:
+    configure(model, **entry)
+    refused(model)
+
+
+def test_given_a_trace_that_fails_when_exported_then_only_its_sentence_is_shown(
+    tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    configure(model, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    assert export(model, "--engines", tmp_path / "engines", "--precision", "fp32") in (0, 1)
+    out, shown = capfd.readouterr()
+    stages = re.compile(r"  \S.*\d\.\d s  |Exporting |  note: |.* is ready in ")
+    others = [line for line in shown.splitlines() if not stages.match(line)]
+    assert [line for line in others if not line.startswith("engineshed: ")] == []
+    assert out == ""
+
+
+# Weights that a target's numbers do not hold ------------------------------------------------------------------------------
+
+
+def test_given_a_weight_beyond_float16_when_taken_there_then_it_is_named_with_its_size() -> None:
+    made = tiny.random_model()
+    with torch.no_grad():
+        made.model.layers[1].mlp.up_proj.weight[3, 4] = -70_000.0
+    with pytest.raises(ExportError) as error:
+        decoder.in_dtype(made, torch.float16)
+    assert str(error.value) == (
+        "the weights of LlamaForCausalLM do not fit into float16: model.layers.1.mlp.up_proj.weight reaches 70,000, which ends "
+        "at "
+        "65,504; give --precision bf16, or a target for the CPU"
+    )
+    assert decoder.in_dtype(made, torch.bfloat16).dtype == torch.bfloat16
+
+
+# What the command line says -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "reference"),
+    [
+        ("https://huggingface.co/Qwen/Qwen3-0.6B", ModelReference(hub="Qwen/Qwen3-0.6B")),
+        ("https://hf.co/Qwen/Qwen3-0.6B/", ModelReference(hub="Qwen/Qwen3-0.6B")),
+        ("https://huggingface.co/a/b/tree/v1.0", ModelReference(hub="a/b", revision="v1.0")),
+        ("https://huggingface.co/a/b/tree/refs%2Fpr%2F1", ModelReference(hub="a/b", revision="refs/pr/1")),
+        ("https://huggingface.co/a/b/blob/main/x/y.gguf", ModelReference(hub="a/b", revision="main", file="x/y.gguf")),
+        (
+            "https://huggingface.co/a/b/resolve/main/y.gguf?download=true",
+            ModelReference(hub="a/b", revision="main", file="y.gguf"),
+        ),
+        ("https://huggingface.co/a/b/blob/main/config.json", ModelReference(hub="a/b", revision="main")),
+    ],
+)
+def test_given_the_address_of_a_model_when_read_then_it_is_the_hubs(given: str, reference: ModelReference) -> None:
+    assert recipe.of(given, None, None, (FP32,)).model == reference
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "https://example.com/a/b",
+        "https://huggingface.co/datasets/a/b",
+        "https://huggingface.co/a",
+        "ftp://x",
+        "https://huggingface.co/../b",
+    ],
+)
+def test_given_another_address_when_read_then_it_is_refused(given: str) -> None:
+    with pytest.raises(ExportError, match="is not the address of a model on the Hugging Face hub"):
+        recipe.of(given, None, None, (FP32,))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("My Model!", "my-model"), ("Modèle.v2", "modele.v2"), ("模型-7b", "7b"), ("x" * 200, "x" * 100)]
+)
+def test_given_a_folder_of_any_name_when_read_then_the_bundle_is_named_after_it(
+    tmp_path: Path, name: str, expected: str
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    assert recipe.of(str(folder), None, None, (FP32,)).name == expected
+
+
+def test_given_this_folder_when_read_then_its_own_name_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
+    monkeypatch.chdir(model)
+    wanted = recipe.of(".", None, None, (FP32,))
+    assert wanted.name == "mine"
+    assert source.fetch(wanted.model, tmp_path).source.name == "mine"
+    (model / "sub").mkdir()
+    monkeypatch.chdir(model / "sub")
+    assert recipe.of("..", None, None, (FP32,)).name == "mine"
+
+
+@pytest.mark.parametrize("name", ["模型", "!!"])
+def test_given_a_name_of_which_nothing_remains_when_read_then_another_is_asked_for(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ExportError, match=r"no bundle can be named after .* give a name with --name"):
+        recipe.of(str(tmp_path / name), None, None, (FP32,))
+    assert recipe.of(str(tmp_path / name), "mine", None, (FP32,)).name == "mine"
+
+
+@pytest.mark.parametrize("given", ["./mien", "models/mien", "mien.gguf", "/nowhere/at/all", "a/b/c", "mien/"])
+def test_given_a_path_that_is_not_there_when_read_then_it_is_not_taken_for_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert recipe.of(given, None, None, (FP32,)).model.hub is None
+    assert refused(given).startswith(f"there is no {Path(given)}")
+
+
+def test_given_a_typo_in_a_folders_name_when_fetched_then_the_folder_is_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert refused("./mien").startswith("there is no mien (did you mean mine?); a model is a folder")
+    assert refused(tmp_path / "mein").startswith(f"there is no {tmp_path / 'mein'} (did you mean {model}?); a model")
+    said = refused("mien")
+    assert said.startswith(
+        "there is no folder or file mien here (did you mean mine?), and it could not be fetched from the hub"
+    )
+    assert "cache" not in said
+
+
+def export(*arguments: str | Path) -> int:
+    return engineshed.main(["export", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (lambda path: path.write_text(""), "{path} cannot be written: {path} is a file; give a folder with --engines"),
+        (lambda path: path.symlink_to("/dev/full"), "{path} cannot be written: {path} is a file; give a folder with --engines"),
+        (lambda path: path.symlink_to("/proc"), "{path} cannot be written: "),
+    ],
+    ids=["a file", "a device", "not writable"],
+)
+def test_given_engines_that_cannot_be_written_when_exported_then_nothing_is_loaded_first(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], prepare: Callable[[Path], object], said: str
+) -> None:
+    path = tmp_path / "engines"
+    prepare(path)
+    assert export(tiny_model, "--engines", path) == 1
+    *before, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("engineshed: " + said.format(path=path))
+    assert not [line for line in before if "load" in line]
+
+
+# What libraries say -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "kept"),
+    [
+        ("Weights could not be tied. Please set `tie_word_embeddings`.", "Weights could not be tied."),
+        ("Sliding window is ignored.\nYou can use another attention.", "Sliding window is ignored."),
+        ("Please install X.", "Please install X."),
+        ("word " * 100, ("word " * 100)[:297].rstrip() + "..."),
+    ],
+)
+def test_given_a_librarys_message_when_told_then_its_advice_is_left_out(message: str, kept: str) -> None:
+    assert library_messages.in_few_words(message) == kept
+
+
+def test_given_chatter_when_told_then_what_concerns_the_model_remains_once() -> None:
+    heard = ["`torch_dtype` is deprecated! Use `dtype` instead!", "The weights differ.", "The weights differ."]
+    assert library_messages.concerning(heard) == ["The weights differ."]
+
+
+def test_given_an_unsupported_model_when_refused_then_no_librarys_advice_is_in_it(model: Path) -> None:
+    configure(model, model_type="of-tomorrow")
+    said = refused(model)
+    assert "pip install" not in said
+    assert "If you" not in said
