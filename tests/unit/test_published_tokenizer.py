@@ -9,9 +9,11 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, GenerationConfig
 
+import engineshed
 from export import corpus
 from export.errors import ExportError
 from export.tokenizer import checked, read_text
+from runtime import bundle
 from tests import tiny
 
 DIGITS = "650841823"
@@ -223,3 +225,28 @@ def test_a_folder_without_a_tokenizer_is_refused_before_anything_is_built(tmp_pa
     with pytest.raises(ExportError, match=r"mine has no tokenizer: tokenizer\.json, .* were looked for; copy "):
         tiny.exporting(engines, progress=progress).run(recipe)
     assert progress.begun == ["fetch", "load", "tokenizer"]
+
+
+def test_the_command_tells_of_it_and_takes_a_template_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, own = tiny.write_model(tmp_path / "mine"), tmp_path / "own.jinja"
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "Qwen2Tokenizer"}))
+    own.write_text("{{ bos_token }}{{ messages[0].content }}")
+    options = [
+        f"--engines={tmp_path / 'engines'}",
+        f"--chat-template={own}",
+        "--precision=fp32",
+        "--no-verify",
+        f"--text={own}",
+    ]
+    with tiny.tracing_once():
+        assert engineshed.main(["export", str(model), *options]) == 0
+    said = capsys.readouterr().err
+    assert "note: tokenizer.json and transformers' Qwen2Tokenizer differ in " in said
+    made = tmp_path / "engines/mine"
+    assert (made / "chat_template.jinja").read_text() == own.read_text()
+    assert bundle.read(made).templates == {"default": "chat_template.jinja"}
+    written, published = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (made, model))
+    assert [written.encode(text).ids for text in corpus.texts(published)] == [
+        published.encode(text).ids for text in corpus.texts(published)
+    ]

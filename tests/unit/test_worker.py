@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+import onnxruntime
 import psutil
 import pytest
 import zmq
@@ -95,6 +96,7 @@ def test_a_request_runs_and_the_heartbeat_counts_it(tiny_bundle: Path, address: 
         front = Front(address)
         ready = front.wait_ready()
         assert (ready.slots, ready.context, ready.queue) == (2, 256, 1)
+        assert ready.kernels.startswith(f"onnxruntime {onnxruntime.__version__} on ")
         front.send(Generate("a", [5, 6, 7], max_tokens=4))
         rows = front.rows("a")
         assert sum(len(row.tokens) for row in rows) == 4

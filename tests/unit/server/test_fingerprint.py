@@ -1,6 +1,7 @@
 """system_fingerprint: it changes with all that decides a token, and with nothing else."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from runtime import kernels
+from runtime import devices, kernels
 from runtime.bundle import Bundle, File, SamplingDefaults, Variant
-from runtime.devices import Device
+from runtime.devices import Device, Gpu
 from runtime.messages import Generate
 from server.fingerprint import fingerprint
 from tests.unit.server.house import House
@@ -99,3 +100,21 @@ def test_a_cpu_is_told_by_what_its_kernels_are_chosen_by(tmp_path: Path, bundle:
     assert described.endswith(" avx2 avx512f")
     silent = kernels.describe(bundle.variants[0], Device("cpu", 0), cpuinfo=tmp_path / "none")
     assert silent == described.removesuffix(" avx2 avx512f")
+
+
+@pytest.mark.parametrize(
+    ("target", "provider", "described"),
+    [
+        ("cuda", "cuda", r"onnxruntime [0-9.]+ cuda on H100 9\.0"),
+        ("cuda", "tensorrt-rtx", r"onnxruntime [0-9.]+ tensorrt-rtx on H100 9\.0"),
+        ("tensorrt-rtx", "cuda", r"tensorrt_rtx( [0-9.]+)? on H100 9\.0"),
+    ],
+)
+def test_a_gpu_is_told_by_its_name_and_what_runs_on_it(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, target: str, provider: str, described: str
+) -> None:
+    """A GPU that is not here."""
+    gpu = Gpu(0, "GPU-0", "H100", "9.0", 80 << 30, 80 << 30, "580.95.05", "13.0")
+    monkeypatch.setattr(devices, "gpu", lambda device: gpu)
+    variant: Variant = msgspec.structs.replace(bundle.variants[0], target=target)
+    assert re.fullmatch(described, kernels.describe(variant, Device("cuda", 0), provider))
