@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -61,6 +61,10 @@ class Stage:
         """Tell how much of it is done, from 0 to 1; less than was told before is not passed on."""
         self.done = min(max(self.done, share), 1.0)
         self.progress.advance(self.name, self.done)
+
+    def part(self, start: float, end: float) -> Callable[[float], None]:
+        """Takes the share of a part of the stage, which begins and ends at these shares of the whole."""
+        return lambda share: self.advance(start + (end - start) * share)
 
     def notice(self, sentence: str) -> None:
         """Tell whoever exports what they should know of it."""
@@ -240,12 +244,14 @@ class _Job:
         with self.export._stage(f"{variant.name}: verify") as stage:
             count = min(verify.TOKENS, engine.context // 2)
             prompts = self._prompts(engine.context - count, count)
-            answers = greedy.answer(engine, prompts, count, verify.CHUNK)
-            agreement = verify.compare(self.model, prompts, answers, tie, self.seen.length_boundaries)
+            end = 0.6 if far else 1.0
+            answers = greedy.answer(engine, prompts, count, verify.CHUNK, stage.part(0, end / 2))
+            boundaries, judged = self.seen.length_boundaries, stage.part(end / 2, end)
+            agreement = verify.compare(self.model, prompts, answers, tie, boundaries, judged)
             longest = max(map(len, prompts)) + count
-            stage.advance(0.5)
             self._judge(variant, agreement)
-            for length in (length for length in far if length <= engine.context):
+            for number, length in enumerate(length for length in far if length <= engine.context):
+                stage.part(end, 1)(number / len(far))
                 coarse = tie if variant.precision in verify.TIES else verify.COARSE_TIE
                 found = far_rows.compare(engine, self.model, self.seen, length, coarse)
                 if found is not None:
@@ -314,9 +320,10 @@ class _Job:
             if len(tokens) < 2:
                 raise ExportError(f"{path} has too little text to measure perplexity on; name a longer one")
             window = min(verify.WINDOW, engine.context)
+            start = 0.5 if self._reference is None else 0.0
             if self._reference is None:
-                self._reference = verify.reference_perplexity(self.model, tokens, window)
-            value = verify.engine_perplexity(engine, tokens, window)
+                self._reference = verify.reference_perplexity(self.model, tokens, window, stage.part(0, start))
+            value = verify.engine_perplexity(engine, tokens, window, share=stage.part(start, 1))
             change = value / self._reference - 1
             stage.note = (
                 f"{value:.3f} against {self._reference:.3f} in fp32 ({change:+.2%}) over {len(tokens)} tokens of {path.name}"

@@ -120,7 +120,7 @@ def load(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 weights_only=True,
-                local_files_only=True,
+                local_files_only=not trust_remote_code,  # which may name code of another repository
                 trust_remote_code=trust_remote_code,
                 **options,
             )

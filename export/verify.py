@@ -1,6 +1,7 @@
 """The proof before a bundle is published: its engine's greedy tokens against transformers', and its perplexity."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -104,16 +105,20 @@ def compare(
     answers: list[list[int]],
     tie: float = TIE,
     boundaries: tuple[int, ...] = (),
+    share: Callable[[float], None] = lambda share: None,
 ) -> Agreement:
     """Judge each token of `answers` by `model`'s own logits after the prompt and the answer before it; see
-    `reference_logits`.
+    `reference_logits`. `share` is told how many of their tokens were judged, from 0 to 1.
     """
     found = Agreement(0, 0, 0, "")
+    tokens, done = sum(map(len, prompts)), 0
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         logits = reference_logits(model, prompt + answer[:-1], boundaries)[len(prompt) - 1 :]
         one = judge(logits, torch.tensor(answer), tie)
         where = f"prompt {number} of {len(prompt)} tokens, {one.first}" if one.first else ""
         found += replace(one, first=where)
+        done += len(prompt)
+        share(done / max(tokens, 1))
     return found
 
 
@@ -131,8 +136,17 @@ def judge(logits: torch.Tensor, tokens: torch.Tensor, tie: float) -> Agreement:
     return Agreement(len(tokens), int(same.sum()), int(tied.sum()), first)
 
 
-def engine_perplexity(engine: Engine, tokens: list[int], window: int = WINDOW, chunk: int = 128) -> float:
-    """exp of the mean negative log-probability of `tokens` through the engine, each after those before it in its window."""
+def engine_perplexity(
+    engine: Engine,
+    tokens: list[int],
+    window: int = WINDOW,
+    chunk: int = 128,
+    share: Callable[[float], None] = lambda share: None,
+) -> float:
+    """exp of the mean negative log-probability of `tokens` through the engine, each after those before it in its window.
+
+    `share` is told how many of them were read, from 0 to 1.
+    """
     total, count = 0.0, 0
     window = min(window, engine.context)
     for start in range(0, len(tokens), window):
@@ -144,11 +158,14 @@ def engine_perplexity(engine: Engine, tokens: list[int], window: int = WINDOW, c
             rows, whole = np.arange(len(targets), dtype=np.int64), np.array([len(part)], np.int32)
             _, logprobs = engine.step(Batch(0, ids[None], end, rows, Draw.force(targets), whole))
             total, count = total - float(logprobs.sum()), count + len(targets)
+            share((start + at + len(ids)) / len(tokens))
     return math.exp(total / count)
 
 
 @torch.no_grad()
-def reference_perplexity(model: PreTrainedModel, tokens: list[int], window: int = WINDOW) -> float:
+def reference_perplexity(
+    model: PreTrainedModel, tokens: list[int], window: int = WINDOW, share: Callable[[float], None] = lambda share: None
+) -> float:
     """The same through `model`."""
     total, count = 0.0, 0
     with plain_attention(model):
@@ -157,4 +174,5 @@ def reference_perplexity(model: PreTrainedModel, tokens: list[int], window: int 
             logits = model(input_ids=part, use_cache=False).logits[0, :-1].float()
             total += float(torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="sum"))
             count += part.shape[1] - 1
+            share(min(start + window, len(tokens)) / len(tokens))
     return math.exp(total / count)

@@ -242,6 +242,11 @@ def test_given_a_folder_inside_that_leads_out_when_fetched_then_it_is_refused(tm
     assert "is a link that leads out of the model's folder" in refused(model)
 
 
+def test_given_a_link_to_itself_when_fetched_then_it_is_refused(model: Path) -> None:
+    (model / "notes.txt").symlink_to("notes.txt")
+    assert "is a link that leads out of the model's folder (to nowhere)" in refused(model)
+
+
 def test_given_a_hub_snapshot_when_fetched_then_its_links_into_its_blobs_are_followed(tmp_path: Path, tiny_model: Path) -> None:
     blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
     blobs.mkdir(parents=True)
