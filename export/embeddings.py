@@ -29,6 +29,9 @@ LEAST_COSINE = 0.7
 _LENGTHS = (1, 2, 3, 7, 16, 33, 64, 100, 255, 512)
 """Of the random texts, as far as the model has positions; together they are one ragged batch."""
 
+_MAX_WORK = 3e11
+"""Weights times tokens up to which a text is compared: a minute of two cores."""
+
 Stages = Callable[[str], AbstractContextManager[Stage]]
 """Begins the stage of that name."""
 
@@ -43,11 +46,17 @@ class EmbeddingJob:
     stage: Stages
     verify: bool
     tokenize: Callable[[str], list[int]]
+    longest: int | None = None
+    """Tokens that a text may have, where it is not as many as the model's own files say."""
 
     def __post_init__(self) -> None:
         with self.stage("survey") as stage:
             seen = encoder.survey(self.model, self.sentence)
-            self.max_length = min(self.sentence.max_tokens or seen.max_length, seen.max_length)
+            if self.longest is not None and self.longest > seen.max_length:
+                raise UnsupportedModel(
+                    f"{type(self.model).__name__} was made for {seen.max_length} positions; --max-length {self.longest} is more"
+                )
+            self.max_length = min(self.longest or self.sentence.max_tokens or seen.max_length, seen.max_length)
             stage.note = f"{self.sentence.pooling} pooling, texts of up to {self.max_length} tokens"
         self.vocab = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
         with self.stage("trace") as stage:
@@ -114,13 +123,20 @@ class EmbeddingJob:
                     "the least that is published (--no-verify publishes it all the same)"
                 )
         reference = f"transformers {version('transformers')}, fp32"
-        proof = Verification(reference, prompts=len(texts), tokens=len(texts), equal=equal, cosine=round(least, 6))
+        proof = Verification(
+            reference,
+            prompts=len(texts),
+            tokens=len(texts),
+            equal=equal,
+            cosine=round(least, 6),
+            longest=max(map(len, texts)),
+        )
         return msgspec.structs.replace(variant, verification=proof)
 
     def _lengths(self) -> list[int]:
         """Of the texts that are compared: `_LENGTHS`, and past those of the configuration as far as that takes no age."""
         ends = positions.row_lengths(self.model.config.get_text_config(), self.max_length)
-        named = [length for length in ends if positions.affordable(self.model, length)]
+        named = [length for length in ends if positions.affordable(self.model, length, _MAX_WORK)]
         return sorted({min(length, self.max_length) for length in (*_LENGTHS, *named)})
 
     def _manifest(self, variant: Variant) -> Bundle:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from export.decoder import failure
 from export.errors import UnsupportedModel
 from export.library_messages import silence
+from export.limits import UNKNOWN_LENGTH
 from export.operators import TRANSLATIONS
 from export.rotary import choose_by_row
 from export.sentence import Sentence
@@ -24,8 +25,6 @@ from export.survey import PROBE_TOKENS, probe_tokens, watching_tables
 from export.trace_progress import watching
 from runtime.bundle import Encoder
 
-UNKNOWN_LENGTH = 2048
-"""Positions of a model whose configuration names no limit."""
 _TOLERANCE = 1e-4
 """Between two embeddings, of the larger one's largest number, that are the same but for rounding."""
 

@@ -1,33 +1,23 @@
 """The whole way from a recipe to a published bundle."""
 
-import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 from transformers import PreTrainedModel
 
-from export import decoder, greedy, positions, publish, sampling, sentence, source, tokenizer, tools, verify
-from export import far as far_rows
+from export import decoder, publish, sampling, sentence, source, tokenizer, tools
 from export.compile import Compiler
 from export.embeddings import EmbeddingJob
-from export.errors import ExportError, UnsupportedModel
+from export.errors import ExportError
+from export.proof import Proof
 from export.recipe import Build, Recipe
 from runtime import bundle
-from runtime.bundle import Bundle, Perplexity, SamplingDefaults, ToolFormat, Variant, Verification
-from runtime.engine import EngineError
-from runtime.ort import OrtEngine
-
-MAX_LONG_PROMPTS = 6
-"""Prompts that verify past lengths of the configuration, at the most."""
-LEAST_AGREEMENT = 0.5
-"""Share of greedy tokens below which a quantized variant is taken for broken rather than for coarse."""
+from runtime.bundle import Bundle, SamplingDefaults, ToolFormat, Variant
 
 
 class Progress(Protocol):
@@ -114,12 +104,20 @@ class Export:
                 use = sentence.read(checkpoint.folder, recipe.pooling)
                 text = tokenizer.for_embeddings(text, lower=use.lower)
                 job = EmbeddingJob(
-                    model, use, workshop, self._stage, self.verify, lambda words: text.tokenizer.encode(words).ids
+                    model,
+                    use,
+                    workshop,
+                    self._stage,
+                    self.verify,
+                    lambda words: text.tokenizer.encode(words).ids,
+                    recipe.max_length,
                 )
             else:
                 with self._stage("survey") as stage:
                     seen = decoder.survey(model, recipe.max_length)
                     stage.note = _survey_note(seen)
+                    for notice in _unseen(seen):
+                        stage.notice(notice)
                 job = _Job(self, model, seen, workshop, text, sample)
             texts = tokenizer.write_text(text, workshop)
             variants = tuple(job.build(build) for build in recipe.variants)
@@ -200,153 +198,41 @@ class _Job:
     """What perplexity is measured on."""
 
     def __post_init__(self) -> None:
+        export, seen = self.export, self.seen
         self.vocab = int(self.model.get_output_embeddings().weight.shape[0])
-        self.max_length = self.seen.max_length
-        self._reference: float | None = None
-        self._compiler = Compiler(
-            self.model, self.seen, self.vocab, self.max_length, self.export.cache.with_name("tensorrt"), self.export._stage
+        self.max_length = seen.max_length
+        timings = export.cache.with_name("tensorrt")
+        self._compiler = Compiler(self.model, seen, self.vocab, self.max_length, timings, export._stage)
+        self._proof = Proof(
+            self.model,
+            seen,
+            self.vocab,
+            self.workshop,
+            self.text.tokenizer,
+            export._stage,
+            export.verify,
+            None if export.text is None or self.sample is None else (export.text, self.sample),
+            export.text_tokens,
         )
 
     def build(self, build: Build) -> Variant:
         """Compile one variant into its folder and prove it."""
-        return self._proved(self._compiler.compile(build, self.workshop))
+        return self._proof.of(self._compiler.compile(build, self.workshop))
 
-    def _proved(self, variant: Variant) -> Variant:
-        if not self.export.verify and self.export.text is None:
-            return variant
-        if variant.kv_dtype == "bfloat16":
-            with self.export._stage(f"{variant.name}: verify") as stage:
-                stage.note = "left out: ONNX Runtime has no bfloat16 kernels for the CPU"
-            return variant
-        far = self._far_rows()
-        context = min(self.max_length, max(verify.WINDOW, *self._long_rows(), *far))
-        graph = variant
-        if variant.plan is not None:  # whose ONNX says the same as the plan, and runs here
-            context, graph = variant.plan.capacity, msgspec.structs.replace(variant, model=variant.plan.source)
-        try:
-            engine = OrtEngine(self.workshop, graph, self.vocab, slots=len(verify.PROMPTS), context=context)
-        except EngineError as error:
-            raise ExportError(f"variant {variant.name!r} was compiled but cannot be run here: {error}") from error
-        try:
-            if self.export.verify:
-                variant = msgspec.structs.replace(variant, verification=self._verify(engine, variant, far))
-            if self.export.text is not None and self.sample is not None:
-                perplexity = self._perplexity(engine, variant, self.export.text, self.sample)
-                variant = msgspec.structs.replace(variant, perplexity=perplexity)
-        except EngineError as error:
-            raise UnsupportedModel(f"variant {variant.name!r} was compiled but fails when it runs: {error}") from error
-        finally:
-            engine.close()
-        return variant
 
-    def _verify(self, engine: OrtEngine, variant: Variant, far: tuple[int, ...]) -> Verification:
-        tie = verify.TIES.get(variant.precision, verify.TIE)
-        with self.export._stage(f"{variant.name}: verify") as stage:
-            count = min(verify.TOKENS, engine.context // 2)
-            prompts = self._prompts(engine.context - count, count)
-            end = 0.6 if far else 1.0
-            answers = greedy.answer(engine, prompts, count, verify.CHUNK, stage.part(0, end / 2))
-            boundaries, judged = self.seen.length_boundaries, stage.part(end / 2, end)
-            agreement = verify.compare(self.model, prompts, answers, tie, boundaries, judged)
-            longest = max(map(len, prompts)) + count
-            self._judge(variant, agreement)
-            for number, length in enumerate(length for length in far if length <= engine.context):
-                stage.part(end, 1)(number / len(far))
-                coarse = tie if variant.precision in verify.TIES else verify.COARSE_TIE
-                found = far_rows.compare(engine, self.model, self.seen, length, coarse)
-                if found is not None:
-                    self._judge_far(variant, found, length)
-                    longest = max(longest, length)
-            stage.note = f"{agreement.equal} of {agreement.compared} greedy tokens are transformers'"
-            if agreement.ties:
-                stage.note += f", {agreement.ties} tied"
-            stage.note += f", in rows of up to {longest} tokens"
-        return Verification(
-            f"transformers {version('transformers')}, fp32",
-            len(prompts),
-            agreement.compared,
-            agreement.equal + agreement.ties,
-            longest=longest,
+def _unseen(seen: decoder.Survey) -> Iterator[str]:
+    """What whoever exports should know of rows that were not compared."""
+    if seen.named_beyond is not None:
+        yield (
+            f"the bundle takes {seen.max_length} tokens: rows longer than that could not be compared here, and the model's "
+            f"configuration says that something changes at {seen.named_beyond} (--max-length takes more all the same; more "
+            "memory compares more)"
         )
-
-    def _prompts(self, room: int, answer: int) -> list[list[int]]:
-        """Prompts of at most `room` tokens: the texts, and the same words one after another past lengths of the
-        configuration.
-        """
-        texts = [self._encode(text) for text in verify.PROMPTS]
-        words = list(itertools.chain.from_iterable(texts))
-        around = [size for length in self._long_rows() for size in (length - answer // 2, length + 3)]
-        sizes = sorted({min(size, room) for size in around if size > max(map(len, texts))})[-MAX_LONG_PROMPTS:]
-        long = [(words * (size // len(words) + 1))[:size] for size in sizes]
-        return [text[:room] for text in texts] + long
-
-    def _long_rows(self) -> tuple[int, ...]:
-        """Lengths of the model's configuration, and its last one, as far as rows of them can be computed as a whole."""
-        config = self.model.config.get_text_config(decoder=True)
-        lengths = {*positions.configured_lengths(config, self.max_length), *self.seen.length_boundaries, self.max_length}
-        return tuple(sorted(length for length in lengths if positions.affordable(self.model, length)))
-
-    def _far_rows(self) -> tuple[int, ...]:
-        """Of the lengths where something may change, those of rows over a past that must be made up."""
-        lengths = positions.row_lengths(self.model.config.get_text_config(decoder=True), self.max_length)
-        kept = positions.within_memory(self.model, self.seen, lengths)
-        return tuple(length for length in kept if not positions.affordable(self.model, length))
-
-    def _judge_far(self, variant: Variant, found: verify.Agreement, length: int) -> None:
-        if found.different:
-            raise UnsupportedModel(
-                f"{type(self.model).__name__}: at the end of a row of {length} tokens the engine's tokens differ from "
-                f"transformers' in {found.different} of {found.compared} places ({found.first}). Nothing was published "
-                f"(--max-length {length - 1} or less may leave the difference out; --no-verify publishes it all the same)"
-            )
-
-    def _judge(self, variant: Variant, agreement: verify.Agreement) -> None:
-        name = type(self.model).__name__
-        if variant.precision in verify.TIES and agreement.different:
-            raise UnsupportedModel(
-                f"{name}: the engine's tokens differ from transformers' in {agreement.different} of {agreement.compared} "
-                f"places ({agreement.first}); the model does something that the step contract does not carry. "
-                "Nothing was published (--no-verify publishes it all the same)"
-            )
-        if agreement.different > (1 - LEAST_AGREEMENT) * agreement.compared:
-            raise UnsupportedModel(
-                f"{name} in {variant.precision}: only {agreement.equal} of {agreement.compared} greedy tokens are "
-                f"transformers' own ({agreement.first}); try another precision (--no-verify publishes it all the same)"
-            )
-
-    def _perplexity(self, engine: OrtEngine, variant: Variant, path: Path, sample: str) -> Perplexity:
-        with self.export._stage(f"{variant.name}: perplexity") as stage:
-            tokens = self._encode(sample, least=0)[: self.export.text_tokens]
-            if len(tokens) < 2:
-                raise ExportError(f"{path} has too little text to measure perplexity on; name a longer one")
-            window = min(verify.WINDOW, engine.context)
-            start = 0.5 if self._reference is None else 0.0
-            if self._reference is None:
-                self._reference = verify.reference_perplexity(self.model, tokens, window, stage.part(0, start))
-            value = verify.engine_perplexity(engine, tokens, window, share=stage.part(start, 1))
-            change = value / self._reference - 1
-            stage.note = (
-                f"{value:.3f} against {self._reference:.3f} in fp32 ({change:+.2%}) over {len(tokens)} tokens of {path.name}"
-            )
-        if not math.isfinite(value):
-            raise UnsupportedModel(f"variant {variant.name!r} gives no finite probabilities; try another precision")
-        allowed = verify.MAX_CHANGE.get(variant.precision)
-        if self.export.verify and allowed is not None and abs(change) > allowed:
-            raise UnsupportedModel(
-                f"variant {variant.name!r} has a perplexity of {value:.3f} over {path.name} where transformers has "
-                f"{self._reference:.3f} ({change:+.2%}), which is more than rounding; the model does something that the step "
-                "contract does not carry. Nothing was published (--no-verify publishes it all the same)"
-            )
-        return Perplexity(path.name, len(tokens), value, self._reference)
-
-    def _encode(self, text: str, least: int = 2) -> list[int]:
-        ids = self.text.tokenizer.encode(text).ids
-        if len(ids) < least or max(ids, default=0) >= self.vocab:
-            raise ExportError(
-                f"the tokenizer makes {ids[:8]} of {text[:40]!r}, and the model has {self.vocab} tokens: they do not belong "
-                "together, so nothing can be verified; fetch the model's own tokenizer"
-            )
-        return ids
+    elif seen.checked_length < seen.max_length:
+        yield (
+            f"rows of more than {seen.checked_length} of {seen.max_length} tokens were not compared, for want of memory; the "
+            "model's configuration names no length between the two"
+        )
 
 
 def _survey_note(seen: decoder.Survey) -> str:

@@ -7,7 +7,10 @@ alone.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from export.cache import SlotCache, Step
 from export.errors import UnsupportedModel
+from export.limits import MIN_LENGTH
 from export.step import StepModule, Survey, plain_attention
 
 _LENGTHS = re.compile(r"posit|window|chunk|length|floor|context|seq|local|max_|orig|topk|block|size_limit")
@@ -25,12 +29,19 @@ MAX_PROBED = 24
 """Lengths from a configuration that are looked at, at the most."""
 MAX_WORK = 5e10
 """Weights times tokens up to which a row is computed from its first token; what stands before longer rows is made up."""
-MAX_BYTES = 2 << 30
-"""Of made-up keys and values."""
+MAX_PATIENCE = 5e12
+"""The same where there is no making up, since the model does not decode over a cache of transformers' own."""
+MAX_BYTES = 4 << 30
+"""Of made-up keys and values, and of a pass's attention; half of what is available where that is less."""
+_COPIES = 5
+"""How often the made-up past is held at the same time: two slots, the step's copies of them, transformers' cache."""
 SHORT = 7
 """Tokens of the short row."""
 NEW = 3
 """Tokens of the long row that are compared: two in a chunk, one in a decode step with the short row."""
+
+
+_Compare = Callable[[PreTrainedModel, Survey, tuple[torch.Tensor, torch.Tensor]], float | None]
 
 
 def configured_lengths(config: Any, longest: int) -> tuple[int, ...]:
@@ -52,42 +63,95 @@ def row_lengths(config: Any, longest: int) -> tuple[int, ...]:
 def check(model: PreTrainedModel, seen: Survey, vocab: int, lengths: tuple[int, ...]) -> int:
     """Compare `model`'s steps with its own pass for rows of `lengths` tokens; the longest row that could be compared.
 
-    Raises UnsupportedModel where two prompts of a length depart by more than rounding. Two, because experts or chosen keys
-    may be tied, which rounding decides; another prompt has other ties. Rows whose past must be made up have to fit in
-    `MAX_BYTES`.
+    Rows that are too long to be computed as a whole are compared over a past that is made up, through the first layers only,
+    so many that each kind of layer is among them: what changes with the position does not depend on how many follow. Raises
+    UnsupportedModel where two prompts of a length depart by more than rounding. Two, because experts or chosen keys may be
+    tied, which rounding decides; another prompt has other ties.
     """
-    looked = 0
-    for length in within_memory(model, seen, lengths):
-        whole = affordable(model, length)
-        for seed in range(2):
-            compare = _against_whole_pass if whole else _against_own_cache
-            departed = compare(model, seen, prompts_of(vocab, length, seed))
-            if departed is None or departed <= TOLERANCE:
-                break
-        else:
-            raise UnsupportedModel(
-                f"{type(model).__name__} gives other logits for a row of {length} tokens beside a short one than alone (by "
-                f"{departed:.1e} of the largest): something in it depends on positions in a way that the step contract lacks. "
-                f"--max-length {length - 1} or less may leave that out"
-            )
-        if departed is not None:
-            looked = length
-    return looked
+    whole = tuple(length for length in lengths if affordable(model, length))
+    looked = max((length for length in whole if _agrees(_against_whole_pass, model, seen, vocab, length)), default=0)
+    with first_layers(model, seen) as (short, form):
+        for length in within_memory(form, tuple(length for length in lengths if length not in whole)):
+            if _agrees(_against_own_cache, short, form, vocab, length):
+                looked = max(looked, length)
+    rest = (length for length in lengths if length > looked and affordable(model, length, MAX_PATIENCE))
+    return max([looked, *(length for length in rest if _agrees(_against_whole_pass, model, seen, vocab, length))])
 
 
-def affordable(model: PreTrainedModel, length: int) -> bool:
-    """Whether a row of `length` tokens may be computed from its first token."""
-    return sum(parameter.numel() for parameter in model.parameters()) * length <= MAX_WORK
+def _agrees(compare: _Compare, model: PreTrainedModel, seen: Survey, vocab: int, length: int) -> bool:
+    """Whether a row of `length` tokens could be compared; raises UnsupportedModel where it departs."""
+    departed: float | None = 0.0
+    for seed in range(2):
+        departed = compare(model, seen, prompts_of(vocab, length, seed))
+        if departed is None or departed <= TOLERANCE:
+            return departed is not None
+    advice = f". --max-length {length - 1} or less may leave that out" if length > MIN_LENGTH else ""
+    raise UnsupportedModel(
+        f"{type(model).__name__} gives other logits for a row of {length} tokens beside a short one than alone (by "
+        f"{departed:.1e} of the largest): something in it depends on positions in a way that the step contract lacks{advice}"
+    )
 
 
-def within_memory(model: PreTrainedModel, seen: Survey, lengths: tuple[int, ...]) -> tuple[int, ...]:
-    """`lengths`, ascending; in place of those whose keys and values, three times over, pass `MAX_BYTES`, the longest that
-    does not.
+@contextmanager
+def first_layers(model: PreTrainedModel, seen: Survey) -> Iterator[tuple[PreTrainedModel, Survey]]:
+    """While this lasts, `model` has only its first layers, as many as show every kind; and what the survey saw of these.
+
+    A model whose layers are not one list, in which a layer has the number of its cache, stays as it is.
     """
+    found = [
+        (parent, name, layers)
+        for parent in model.modules()
+        for name, layers in parent.named_children()
+        if isinstance(layers, torch.nn.ModuleList) and len(layers) == len(seen.layers)
+    ]
+    if len(found) != 1 or [layer.index for layer in seen.layers] != list(range(len(seen.layers))):
+        yield model, seen
+        return
+    (parent, name, layers), *_ = found
+    kinds = [_kind(layer) for layer in layers]
+    count = 1 + max(kinds.index(kind) for kind in set(kinds))
+    try:
+        setattr(parent, name, torch.nn.ModuleList(list(layers)[:count]))
+        yield model, replace(seen, layers=seen.layers[:count])
+    finally:
+        setattr(parent, name, layers)
+
+
+def _kind(layer: torch.nn.Module) -> tuple[Any, ...]:
+    """What tells a layer from one of another kind: its parts, their switches and numbers, but for its place in the model."""
+    return tuple(
+        (name, type(part).__name__, key, value)
+        for name, part in layer.named_modules()
+        for key, value in sorted(vars(part).items())
+        if isinstance(value, bool | int | float | str) and key not in ("layer_idx", "layer_id", "idx")
+    )
+
+
+def affordable(model: PreTrainedModel, length: int, work: float | None = None) -> bool:
+    """Whether a row of `length` tokens may be computed from its first token, by its attention's memory and its work: weights
+    times tokens, at most `work`, `MAX_WORK` if nothing is said.
+    """
+    heads = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", None)
+    scores = 4 * 4 * (heads if isinstance(heads, int) else 32) * length**2
+    most = MAX_WORK if work is None else work
+    return sum(parameter.numel() for parameter in model.parameters()) * length <= most and scores <= _room() / 4
+
+
+def within_memory(seen: Survey, lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """`lengths`, ascending; in place of those whose made-up past would take too much memory, the longest that does not."""
     row_bytes = sum(4 * layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in seen.layers)
-    longest = MAX_BYTES // (3 * row_bytes)
-    kept = {length if length <= longest or affordable(model, length) else longest for length in lengths}
-    return tuple(sorted(kept))
+    longest = int(_room() / (_COPIES * row_bytes))
+    return tuple(sorted({min(length, longest) for length in lengths}))
+
+
+def _room() -> float:
+    """Bytes that a comparison may take."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return MAX_BYTES
+    available = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 2 * MAX_BYTES)
+    return min(MAX_BYTES, available / 2)
 
 
 TOLERANCE = 1e-3
@@ -202,6 +266,10 @@ def own_logits(
         with plain_attention(model):
             own_long = model(input_ids=long[None, made:], past_key_values=past, use_cache=True, **places).logits[0].float()
             own_short = model(input_ids=short[None], use_cache=False).logits[0].float()
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
         return None  # it wants a cache of its own
+    except RuntimeError as error:
+        if "allocate memory" in str(error):
+            raise
+        return None
     return torch.cat([own_long, own_short[-1:]])

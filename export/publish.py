@@ -71,7 +71,7 @@ def keep_variants(old: Path, new: Path, made: Bundle) -> tuple[Variant, ...]:
         return ()
     if previous.source.sha256 is None or previous.source.sha256 != made.source.sha256:
         return ()
-    if (previous.task, previous.pooling, previous.encoder) != (made.task, made.pooling, made.encoder):
+    if _use(previous) != _use(made):
         return ()
     built = {variant.name for variant in made.variants}
     kept = tuple(variant for variant in previous.variants if variant.name not in built and _intact(old, variant))
@@ -83,6 +83,11 @@ def keep_variants(old: Path, new: Path, made: Bundle) -> tuple[Variant, ...]:
         except OSError:  # a file system without hard links
             shutil.copyfile(old / file.path, target)
     return kept
+
+
+def _use(of: Bundle) -> tuple[object, ...]:
+    """What the variants of a bundle have in common: how they were made, and what they were proved for."""
+    return of.task, of.pooling, of.encoder, of.architecture, of.vocab_size, of.max_length
 
 
 def _intact(folder: Path, variant: Variant) -> bool:

@@ -11,6 +11,7 @@ import msgspec
 
 from export import gguf_parts
 from export.errors import ExportError
+from export.limits import MIN_LENGTH
 from runtime.bundle import Pooling, Precision, SamplingDefaults, Target, Task, ToolFormat
 
 _WHEEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
@@ -18,8 +19,6 @@ _HUBS = ("huggingface.co", "hf.co", "www.huggingface.co")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
-MIN_LENGTH = 32
-"""Tokens that a model must take, for its engine to be verified."""
 TokenizerChoice = Literal["file", "transformers"]
 """Whose tokenizer is taken: the authors' tokenizer.json, where there is one, or what AutoTokenizer makes of its vocabulary."""
 CONTEXT = 4096

@@ -33,6 +33,8 @@ class Survey:
     """Positions that the model has: its configuration's number, and no more than its position tables hold."""
     checked_length: int = 0
     """Tokens of the longest row whose steps were compared with the model's own pass."""
+    named_beyond: int | None = None
+    """A length of the configuration that could not be compared, which is why `max_length` ends before it."""
 
 
 class StepModule(torch.nn.Module):

@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 from export import positions
 from export.cache import Layer, SlotCache, Step
 from export.errors import UnsupportedModel
+from export.limits import MIN_LENGTH, UNKNOWN_LENGTH
 from export.positions import TOLERANCE, difference
 from export.rotary import length_boundaries
 from export.step import StepModule, Survey, in_words, prepare
 
-UNKNOWN_LENGTH = 2048
-"""Positions of a model whose configuration names no limit (ALiBi models, mostly)."""
 PROBE_TOKENS = 11
 """Length of the survey's prompt: longer than any convolution kernel, prime so that no reshape fits by accident."""
 
@@ -66,7 +65,8 @@ def survey(model: PreTrainedModel, longest: int | None = None) -> Survey:
         for i, key in sorted(cache.keys.items())
     ]
     limit = _limit(model, tables, longest)
-    return _kept(model, Survey(layers, tables, length_boundaries(model), max_length=limit), prompts, plain)
+    kept = _kept(model, Survey(layers, tables, length_boundaries(model), max_length=limit), prompts, plain)
+    return kept if longest is not None else _within_what_was_compared(model, kept)
 
 
 def _limit(model: PreTrainedModel, tables: dict[str, int], asked: int | None) -> int:
@@ -85,6 +85,20 @@ def _limit(model: PreTrainedModel, tables: dict[str, int], asked: int | None) ->
 def _table_ends(model: PreTrainedModel, tables: dict[str, int]) -> list[int]:
     """Positions that each position table has a row for: those behind its offset."""
     return [int(operator.attrgetter(name)(model).shape[0]) - offset for name, offset in tables.items()]
+
+
+def _within_what_was_compared(model: PreTrainedModel, seen: Survey) -> Survey:
+    """`seen`, which takes no row past a length of the configuration that could not be looked at here."""
+    named = positions.configured_lengths(model.config.get_text_config(decoder=True), seen.max_length)
+    beyond = [length for length in named if length > seen.checked_length]
+    if not beyond:
+        return seen
+    if seen.checked_length < MIN_LENGTH:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be compared with its own pass in long rows here, and its configuration names "
+            f"{beyond[0]} tokens, where something may change; --max-length says up to which length it is exported all the same"
+        )
+    return replace(seen, max_length=seen.checked_length, named_beyond=beyond[0])
 
 
 def _kept(model: PreTrainedModel, seen: Survey, prompts: torch.Tensor, plain: list[torch.Tensor]) -> Survey:

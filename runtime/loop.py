@@ -92,7 +92,8 @@ class Loop:
         """Of sequences whose masks must be found anew, since they have a new token."""
         self._deadlines = Deadlines()
         self._outgrown: deque[Sequence] = deque()
-        """Sequences that have passed one of the engine's boundaries: they are prefilled again, before any that wait."""
+        """Sequences that have passed one of the engine's boundaries, to be prefilled again before any that wait; and, behind
+        them, the prompt that was under way when the first of them came."""
         self._by_key: dict[tuple[bytes, str], Sequence] = {}
 
     @property
@@ -228,7 +229,11 @@ class Loop:
         past = [sequence for sequence in sequences if sequence.length > self.slots.room(sequence)]
         for sequence in past:
             self.slots.restart(sequence)
-            self._outgrown.append(sequence)
+        prompt = self.slots.prefilling
+        if past and prompt is not None and not prompt.replayed:  # for no prompt shall a stream wait
+            prompt.scored = []  # which begins anew, since scores are found by computing
+            self._outgrown.appendleft(self.slots.pause())
+        self._outgrown.extendleft(reversed(past))
         return [sequence for sequence in sequences if sequence not in past]
 
     def _look(self) -> None:
@@ -365,7 +370,7 @@ class Loop:
     def _verify_some(self, plans: dict[Sequence, Plan]) -> list[News]:
         """Verify guesses, first of those who waited longest; while others wait, for no longer than they may."""
         news: list[News] = []
-        prompts = self.slots.prefilling is not None or bool(self._waiting and self.slots.free)
+        prompts = self.slots.prefilling is not None or bool(self._outgrown) or bool(self._waiting and self._free > 0)
         hurry = prompts or len(plans) < len(self.slots.decoding)
         limit = self._pace.stall / 2 if prompts else self._pace.stall
         start = time.perf_counter()

@@ -107,9 +107,9 @@ class Slots:
                 self._touch(source)
         self._hold(target, sequence.prefix[:length], kind)
         self._touch(target)
-        sequence.slot, sequence.computed = target, length
-        if not sequence.replayed:
+        if sequence.slot < 0:  # else its own rows are among them
             sequence.cached = length
+        sequence.slot, sequence.computed = target, length
         self.prefilling = sequence
 
     def prefilled(self, sequence: Sequence) -> None:
@@ -138,6 +138,14 @@ class Slots:
             slot = sequence.slot
             self._move(last, slot)
             self.decoding[slot] = last
+
+    def pause(self) -> Sequence:
+        """Take the slot back from the sequence that is prefilled; when it starts again it finds what stands there by then."""
+        sequence = self.prefilling
+        if sequence is None:
+            raise RuntimeError("no prefill is under way")
+        self.release(sequence)
+        return sequence
 
     def restart(self, sequence: Sequence) -> None:
         """Take the slot back from `sequence`, which decodes; whatever it has of tokens is to be prefilled when it starts

@@ -13,12 +13,16 @@ import json
 import logging
 import os
 import random
+import re
+import resource
 import tempfile
 import time
 import warnings
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +32,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from export import source, verify
+from export import positions, source, verify
 from export.errors import ExportError
 from runtime.bundle import Source
 from tests import families
@@ -36,6 +40,9 @@ from tests import families
 Verdict = Literal["equal", "refused", "not built", "wrong", "failed"]
 """`not built`: transformers itself refuses the options; `failed`: neither tokens nor a sentence."""
 
+MAX_SECONDS = 600
+MAX_MEMORY = 16 << 30
+"""Bytes of address space of one case's process."""
 CASES = Path(__file__).parent / "data" / "fuzz_cases.json"
 RESULTS = Path(__file__).resolve().parent.parent / ".cache" / "fuzz" / "results.jsonl"
 STATEFUL = {
@@ -48,9 +55,22 @@ TYPES = tuple(name for name in families.ALL if name not in STATEFUL)
 POPULAR = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_oss", "granite", "olmo2", "smollm3")
 """Every second case is one of these."""
 
+COUNTS = {
+    "floor_scale": (3, 21),
+    "max_window_layers": (0, 1, 2),
+    "no_rope_layer_interval": (1, 2, 3),
+    "num_experts_per_tok": (1, 3),
+    "first_k_dense_replace": (0, 1, 2),
+    "index_topk": (3, 21),
+    "n_shared_experts": (1, 2),
+    "global_attn_every_n_layers": (1, 2, 3),
+}
+"""Other numbers, and what becomes of them."""
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu")
 LENGTHS = (1, 2, 3, 5, 8, 13, 21, 40)
-"""Of windows and chunks, and the positions that a model was trained on first."""
+"""Of windows and chunks."""
+ORIGINALS = (13, 21, 40, 64, 200)
+"""Positions that a model was trained on first."""
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention", "sliding_window_size")
 _LEFT = {
     *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "is_encoder_decoder", "is_decoder"),
@@ -74,6 +94,12 @@ class Case(msgspec.Struct, frozen=True):
     changes: dict[str, Any]
     seed: int = 0
     """Of the weights."""
+
+
+class Recorded(Case, frozen=True):
+    """A case that was wrong once, and what is right."""
+
+    expected: Literal["equal", "refused"] = "equal"
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -135,16 +161,19 @@ def _judged(model: PreTrainedModel, folder: Path) -> tuple[Verdict, str]:
     loaded = source.load(source.Checkpoint(folder / "model", None, Source("folder", "fuzz")))
     (folder / "engine").mkdir()
     engine, seen = families.engine(loaded, folder / "engine")
-    asked = families.prompts(engine.vocab_size, _sizes(engine.context))
+    named = positions.configured_lengths(loaded.config.get_text_config(decoder=True), engine.context)
+    asked = families.prompts(engine.vocab_size, _sizes(engine.context, named))
     answers = families.greedy(engine, asked, min(families.TOKENS, engine.context // 2))
     reference = copy.deepcopy(model)
     agreement = verify.compare(reference, asked, answers, families.TIE, seen.length_boundaries)
     return ("wrong", agreement.first) if agreement.different else ("equal", f"{agreement.ties} tied" if agreement.ties else "")
 
 
-def _sizes(context: int) -> list[int]:
+def _sizes(context: int, named: tuple[int, ...]) -> list[int]:
+    """Lengths of prompts: the families' own, some whose answers pass lengths that the configuration names, and the longest."""
     room = context - min(families.TOKENS, context // 2)
-    return sorted({min(size, room) for size in (*families.PROMPTS, room)})
+    passing = [length - families.TOKENS // 2 for length in named if length > max(families.PROMPTS)]
+    return sorted({min(size, room) for size in (*families.PROMPTS, *passing[-3:], room)})
 
 
 def _changes(draw: random.Random, config: PreTrainedConfig) -> dict[str, Any]:
@@ -165,6 +194,8 @@ def _drawn(draw: random.Random, name: str, value: Any) -> tuple[Any] | None:
     """A new value for the field `name`; None where it is left alone."""
     if name in _WINDOWS:
         return (draw.choice([*LENGTHS, None]),)
+    if name in COUNTS and isinstance(value, int):
+        return (draw.choice(COUNTS[name]),)
     if isinstance(value, bool):
         return (not value,)
     if name == "layer_types" and isinstance(value, list):
@@ -193,7 +224,7 @@ def _rope(draw: random.Random, rope: dict[str, Any], head_dim: int) -> dict[str,
     if kind != "default":
         made["factor"] = draw.choice([1.0, 1.5, 4.0, 8.0])
     if kind in ("yarn", "longrope", "llama3"):
-        made["original_max_position_embeddings"] = draw.choice([13, 21, 40, 64, 200])
+        made["original_max_position_embeddings"] = draw.choice(ORIGINALS)
     if kind == "longrope":
         made["short_factor"] = [1 + draw.random() for _ in range(half)]
         made["long_factor"] = [1 + 6 * draw.random() for _ in range(half)]
@@ -232,9 +263,9 @@ def _sizes_of(draw: random.Random, values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if isinstance(values.get(name), int)}
 
 
-def recorded() -> list[Case]:
+def recorded() -> list[Recorded]:
     """The cases that were wrong once."""
-    return msgspec.json.decode(CASES.read_bytes(), type=list[Case])
+    return msgspec.json.decode(CASES.read_bytes(), type=list[Recorded])
 
 
 def main() -> None:
@@ -245,23 +276,57 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    found: Counter[str] = Counter()
+    _quiet()
+    run(Case("llama", {}))  # so that every fork finds the exporter's tables built
     seeds = range(options.first, options.first + options.count)
-    processes = ProcessPoolExecutor(options.jobs, get_context("spawn"), _quiet, max_tasks_per_child=100)
-    with processes as pool, RESULTS.open("ab") as file:
-        for seed, result in zip(seeds, pool.map(_run_seed, seeds), strict=True):
+    found: Counter[str] = Counter()
+    sentences: Counter[str] = Counter()
+    with RESULTS.open("ab") as file:
+        for seed, result in _run_all(seeds, options.jobs):
             found[result.verdict] += 1
+            if result.verdict == "refused":
+                sentences[re.sub(r"[-+.e\d]*\d", "N", result.detail)[:90]] += 1
             file.write(msgspec.json.encode(result) + b"\n")
             file.flush()
             shown = json.dumps(result.case.changes) if result.verdict in ("wrong", "failed") else ""
             line = f"{seed:6} {result.case.model_type:20} {result.verdict:10} {result.seconds:5.1f} s  {result.detail} {shown}"
             print(line, flush=True)
+    print("\n".join(f"{count:6} refused: {sentence}" for sentence, count in sentences.most_common()))
     print(", ".join(f"{count} {verdict}" for verdict, count in found.most_common()))
     raise SystemExit(1 if found["wrong"] or found["failed"] else 0)
 
 
-def _run_seed(seed: int) -> Result:
-    return run(case(seed))
+def _run_all(seeds: Iterable[int], jobs: int) -> Iterator[tuple[int, Result]]:
+    """Each seed's result, in a process of its own with limits of time and memory, `jobs` of them at a time."""
+    waiting, running = list(seeds), dict[Connection, tuple[int, float, ForkProcess]]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            seed = waiting.pop(0)
+            ours, theirs = get_context("fork").Pipe(duplex=False)
+            process = get_context("fork").Process(target=_child, args=(seed, theirs))
+            process.start()
+            theirs.close()
+            running[ours] = seed, time.monotonic(), process
+        ready = set(wait(list(running), timeout=1))
+        for pipe, (seed, started, process) in list(running.items()):
+            if pipe not in ready and time.monotonic() - started < MAX_SECONDS:
+                continue
+            result = Result(case(seed), "failed", f"no result within {MAX_SECONDS} s", MAX_SECONDS)
+            if pipe in ready:
+                try:
+                    result = msgspec.json.decode(pipe.recv_bytes(), type=Result)
+                except EOFError:
+                    process.join()
+                    result = Result(case(seed), "failed", f"the process ended with code {process.exitcode}")
+            process.kill()
+            process.join()
+            del running[pipe]
+            yield seed, result
+
+
+def _child(seed: int, pipe: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    pipe.send_bytes(msgspec.json.encode(run(case(seed))))
 
 
 def _quiet() -> None:

@@ -1,5 +1,6 @@
 """What the survey and the proof see at positions that short prompts do not reach."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from export import decoder, far, positions, verify
 from export.errors import UnsupportedModel
@@ -65,10 +66,46 @@ def test_a_past_that_is_made_up_says_the_same_as_one_that_was_computed(
     assert seen.one_row == (model_type == "llama4_text")
 
 
-def test_a_past_that_would_take_too_much_memory_is_made_up_as_far_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+ROW = 2 * 2 * 16 * 4
+"""Bytes of a token's keys and values in a layer."""
+
+
+@pytest.fixture
+def room_for_77(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is computed as a whole, and a past of 77 tokens in one layer is all that can be made up."""
     monkeypatch.setattr(positions, "MAX_WORK", 0)
-    monkeypatch.setattr(positions, "MAX_BYTES", 3 * 77 * 2 * 2 * 2 * 16 * 4)
-    assert decoder.survey(families.model("llama")).checked_length == 77
+    monkeypatch.setattr(positions, "MAX_PATIENCE", 0)
+    monkeypatch.setattr(positions, "MAX_BYTES", positions._COPIES * ROW * 77)
+
+
+@pytest.mark.usefixtures("room_for_77")
+def test_a_past_that_would_take_too_much_memory_is_made_up_as_far_as_it_goes() -> None:
+    seen = decoder.survey(families.model("llama"))
+    assert (seen.checked_length, seen.max_length, seen.named_beyond) == (77, families.POSITIONS, None)
+
+
+@pytest.mark.usefixtures("room_for_77")
+def test_a_length_of_the_configuration_that_could_not_be_compared_ends_the_rows_before_it() -> None:
+    torch.manual_seed(0)
+    config = families.configuration("ministral3")
+    config.rope_parameters["original_max_position_embeddings"] = 200
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
+    families.randomize(model, "ministral3")
+    seen = decoder.survey(copy.deepcopy(model))
+    assert (seen.checked_length, seen.max_length, seen.named_beyond) == (77, 77, 200)
+    assert decoder.survey(model, 256).max_length == 256  # who says so takes it
+
+
+def test_only_as_many_layers_are_looked_at_as_show_every_kind() -> None:
+    model = families.model("gemma3_text")
+    seen = decoder.survey(model)
+    with positions.first_layers(model, seen) as (short, form):
+        assert len(form.layers) == 2  # a window, and none
+        assert short is model
+    one = families.model("llama")
+    with positions.first_layers(one, decoder.survey(one)) as (short, form):
+        assert len(form.layers) == len(short.get_submodule("model.layers")) == 1  # type: ignore[arg-type]
+    assert len(one.get_submodule("model.layers")) == 2  # type: ignore[arg-type]
 
 
 def test_llama_4_scales_each_row_by_its_own_positions(monkeypatch: pytest.MonkeyPatch) -> None:
