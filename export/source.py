@@ -126,6 +126,7 @@ def load(
             )
     except Exception as error:  # transformers raises whatever the file's reader did
         raise _refusal(checkpoint, error, task, heard) from error
+    stored_types.widen(model)
     stored_types.check_loaded(model, files)
     left_out = check_whole(model, loaded, files, task, checkpoint.path)
     _check_finite(model, checkpoint.path)
