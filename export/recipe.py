@@ -97,7 +97,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_length: int | None = None
     """Tokens that a prompt and its answer may have together; None takes what the model was made for."""
     trust_remote_code: bool = False
-    """Run the Python code that comes with the model in the place of transformers' own: with all rights of who exports."""
+    """Whether the Python code that comes with the model and its tokenizer is run, in the place of transformers' own, with all
+    rights of who exports.
+    """
 
 
 def read(path: Path) -> Recipe:

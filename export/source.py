@@ -96,9 +96,9 @@ def load(
 ) -> PreTrainedModel:
     """The model in float32, with transformers' plain attention and the head that `task` needs: for embeddings none.
 
-    Nothing of the checkpoint is run, unless `trust_remote_code` allows its own modeling code. What was left out of it and what
-    transformers warns of is put into `notes`, a line each; `share` is told how much is loaded. Raises ExportError or
-    UnsupportedModel.
+    Nothing of the checkpoint is run. With `trust_remote_code` its own code (`auto_map`) is, in the place of transformers', also
+    for types that transformers knows. What was left out of it and what transformers warns of is put into `notes`, a line each;
+    `share` is told how much is loaded. Raises ExportError or UnsupportedModel.
     """
     if checkpoint.gguf_file is not None:
         return _load_gguf(checkpoint.path, task, notes, share)
