@@ -365,13 +365,11 @@ def _local(path: Path, reference: ModelReference, share: Callable[[float], None]
             meant = f"its folder, {path.parent}" if whole.exists() else "the model's folder"
             raise ExportError(f"{path} is not a GGUF file; give {meant}, or a .gguf file")
         parts = gguf_parts.found(path)
-        for part in parts:
-            checkpoint_files.check_no_pointers(part)
+        checkpoint_files.check_no_pointers(*parts)
         digests = _digests(list(parts), share)
         digest = digests[0] if len(digests) == 1 else _over(digests)
         return Checkpoint(path.parent, parts[0].name, Source("gguf", parts[0].name, sha256=digest, license=reference.license))
-    checkpoint_files.check_contained(path)
-    checkpoint_files.check_no_pointers(path)
+    checkpoint_files.examine(path)  # before what may be many gigabytes is hashed
     name = path.resolve().name
     return Checkpoint(path, None, Source("folder", name, sha256=_weights_digest(path, share), license=reference.license))
 
