@@ -1,5 +1,6 @@
 """What to build: a TOML file in engines/, or flags."""
 
+import difflib
 import re
 import tomllib
 import unicodedata
@@ -17,6 +18,7 @@ _WHEEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 _HUBS = ("huggingface.co", "hf.co", "www.huggingface.co")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+_DIGITS = re.compile(r"[0-9]+")
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
 MIN_LENGTH = 32
 """Tokens that a model must take, for its engine to be verified."""
@@ -206,13 +208,27 @@ def _reference(model: str, revision: str | None) -> ModelReference:
 
 
 def _looks_like_path(model: str) -> bool:
-    """Whether `model`, which is not there, was meant as a path: no hub id is written so, or its first folder is there."""
+    """Whether `model`, which is not there, was meant as a path: no hub id is written so, or its folder has something of nearly
+    that name.
+    """
     if model.startswith((".", "/", "~")) or "\\" in model or model.endswith("/"):
         return True
     hub, colon, _ = model.partition(":")
     if not colon and model.endswith((".gguf", ".safetensors", ".bin", ".pt", ".pth", ".onnx")):
         return True
-    return hub.count("/") > 1 or ("/" in hub and Path(hub.split("/")[0]).is_dir())
+    return hub.count("/") > 1 or ("/" in hub and _has_typo(Path(hub)))
+
+
+def _has_typo(path: Path) -> bool:
+    """Whether the name of `path` is a slip of one that is beside it: its letters differ little, its numbers not at all.
+
+    A folder may be called like an organization of the hub and hold other models of it, as another size or version.
+    """
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if _DIGITS.findall(entry.name) == _DIGITS.findall(path.name)]
+    except OSError:
+        names = []
+    return bool(difflib.get_close_matches(path.name, names, 1, 0.7))
 
 
 def _of_address(address: str, revision: str | None) -> ModelReference:

@@ -36,6 +36,8 @@ from runtime.bundle import Source, Task, sha256
 
 _UNUSED = "pooler."
 """Begins the names of weights behind the hidden states that embeddings are made from; many checkpoints leave them out."""
+_HUB = "https://huggingface.co"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HUB_CODE = ["*.py"]
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt", "*.tiktoken", "LICENSE*"]
 
@@ -345,8 +347,9 @@ def _from_path(reference: ModelReference, share: Callable[[float], None]) -> Che
     assert reference.path is not None
     path = Path(reference.path).expanduser()
     if not path.exists():
+        address = f" ({_HUB}/{reference.path} if the hub's is meant)" if _HUB_ID.fullmatch(reference.path) else ""
         raise ExportError(
-            f"there is no {path}{_similar(path)}; a model is a folder with config.json, a .gguf file, or a hub id"
+            f"there is no {path}{_similar(path)}; a model is a folder with config.json, a .gguf file, or a hub id{address}"
         )
     return _local(path, reference, share)
 

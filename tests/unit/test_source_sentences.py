@@ -332,10 +332,25 @@ def test_given_a_name_of_which_nothing_remains_when_read_then_another_is_asked_f
 def test_given_a_path_that_is_not_there_when_read_then_it_is_not_taken_for_a_hub_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
 ) -> None:
-    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert recipe.of(given, None, None, (FP32,)).model.hub is None
-    assert refused(given).startswith(f"there is no {Path(given)}")
+    said = refused(given)
+    assert said.startswith(f"there is no {Path(given)}")
+    assert ("or a hub id (https://huggingface.co/models/mien if the hub's is meant)" in said) == (given == "models/mien")
+
+
+@pytest.mark.parametrize("there", ["", "Qwen3-1.7B", "Qwen3-0.6B-FP8", "unlike"])
+@pytest.mark.parametrize("file", ["", "Qwen3-0.6B-Q8_0.gguf"])
+def test_given_a_folder_of_an_organizations_name_when_read_then_a_model_that_is_not_in_it_is_the_hubs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str, file: str
+) -> None:
+    (tmp_path / "Qwen" / there).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    wanted = recipe.of("Qwen/Qwen3-0.6B" + (f":{file}" if file else ""), None, None, (FP32,)).model
+    assert wanted == ModelReference(hub="Qwen/Qwen3-0.6B", file=file or None)
+    (tmp_path / "Qwen" / "Qwen3-0.6B").mkdir()
+    assert recipe.of("Qwen/Qwen3-0.6B", None, None, (FP32,)).model == ModelReference(path="Qwen/Qwen3-0.6B")
 
 
 def test_given_a_typo_in_a_folders_name_when_fetched_then_the_folder_is_offered(
