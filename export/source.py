@@ -15,19 +15,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from optimum.exporters.tasks import TasksManager
 from transformers import PreTrainedModel
 
-from export import checkpoint_files, gguf_model, gguf_parts, leftovers, library_messages, stored_types
+from export import checkpoint_files, gguf_model, gguf_parts, hub, leftovers, library_messages, stored_types
 from export.checkpoint_files import CheckpointFiles
 from export.errors import ExportError, UnsupportedModel
 from export.library_messages import in_few_words
@@ -38,10 +30,6 @@ _UNUSED = "pooler."
 """Begins the names of weights behind the hidden states that embeddings are made from; many checkpoints leave them out."""
 _HUB = "https://huggingface.co"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_HUB_CODE = ["*.py"]
-_HUB_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt", "*.tiktoken", "LICENSE*"]
-
-
 BLOCK = 16 << 20
 """Bytes that are hashed between two looks at how far it is."""
 _MAX_GROWTH = 50
@@ -304,31 +292,11 @@ def _similar(path: Path) -> str:
     return f" (did you mean {' or '.join(str(parent / name) for name in close)}?)" if close else ""
 
 
-def _unreachable(reference: ModelReference, error: Exception) -> str:
-    """Why the hub did not give the model, and what to do."""
-    match error:
-        case GatedRepoError():
-            return "the hub gives it only to those who accepted its terms: do so on its page, then `hf auth login`"
-        case RepositoryNotFoundError():
-            return "the hub has no such model, or it is not open to you; check its name, or `hf auth login`"
-        case RevisionNotFoundError():
-            return f"the hub's has no revision {reference.revision!r}; check --revision"
-        case EntryNotFoundError() if not isinstance(error, LocalEntryNotFoundError):
-            return f"the hub's has no file {reference.file}; check its name"
-        case HfHubHTTPError():
-            return f"the hub refused it ({in_few_words(str(error))}); try again later"
-        case _:
-            return "it could not be fetched from the hub; check the network, or give a local folder"
-
-
 def _from_hub(reference: ModelReference, share: Callable[[float], None], *, trust_remote_code: bool) -> Checkpoint:
     assert reference.hub is not None
-    if reference.file:
-        patterns = list(gguf_parts.names(reference.file))
-    else:
-        patterns = [*_HUB_FILES, *(_HUB_CODE if trust_remote_code else [])]
     try:
-        folder = Path(snapshot_download(reference.hub, revision=reference.revision, allow_patterns=patterns))
+        wanted = hub.patterns(reference, hub.listing(reference), trust_remote_code=trust_remote_code)
+        folder = Path(snapshot_download(reference.hub, revision=reference.revision, allow_patterns=wanted))
     except HFValidationError as error:
         raise ExportError(
             f"{reference.hub!r} is neither a folder or file here{_similar(Path(reference.hub))} nor a hub id (ORG/NAME)"
@@ -336,9 +304,12 @@ def _from_hub(reference: ModelReference, share: Callable[[float], None], *, trus
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ExportError(
             f"there is no folder or file {reference.hub} here{_similar(Path(reference.hub))}, and "
-            f"{_unreachable(reference, error)}"
+            f"{hub.unreachable(reference, error)}"
         ) from error
-    checkpoint = _local(folder, reference, share)
+    try:
+        checkpoint = _local(folder, reference, share)
+    except ExportError as error:  # whoever gave a hub id knows nothing of the cache
+        raise type(error)(str(error).replace(str(folder), reference.hub)) from error
     source = Source("hub", reference.hub, revision=folder.name, sha256=checkpoint.source.sha256, license=reference.license)
     return Checkpoint(checkpoint.folder, checkpoint.gguf_file, source)
 
