@@ -23,6 +23,8 @@ MAX_JSON = 64 << 20
 """Bytes of a JSON file that is read here at most, tokenizers and indices of weights included."""
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Types of stored tensors that hold numbers as they are meant; all others are codes, or counts."""
+_TEXTS = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.txt", "*.tiktoken")
+"""What is read of a folder beside its weights: configuration, vocabularies, chat templates."""
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_POINTER = 1024
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -79,7 +81,7 @@ def examine(folder: Path) -> CheckpointFiles:
     adapter, another framework's weights, shards that are missing, and files that are cut off.
     """
     check_contained(folder)
-    check_no_pointers(folder)
+    check_no_pointers(*(path for pattern in _TEXTS for path in sorted(folder.glob(pattern))))
     config = read_config(folder)
     _check_no_adapter(folder)
     _check_no_kernels(folder / CONFIG, config)
@@ -105,14 +107,16 @@ def check_contained(folder: Path) -> None:
             )
 
 
-def check_no_pointers(*places: Path) -> None:
-    """Refuse files (of a folder, or named one by one) that are git-lfs pointers: a few lines in the place of the file."""
-    for path in (file for place in places for file in (_walk(place) if place.is_dir() else [place])):
+def check_no_pointers(*files: Path) -> None:
+    """Refuse files that are git-lfs pointers: a few lines in the place of the file.
+
+    Only what is loaded is looked at: who pulls nothing but weights has pointers in the place of images and other formats.
+    """
+    for path in files:
         if is_pointer(path):
             raise ExportError(
-                f"{path} is a git-lfs pointer, a few lines in the place of the file; run `git lfs install` and `git lfs pull` "
-                f"in "
-                f"{path.parent}, or fetch the model with `hf download`"
+                f"{path} is a git-lfs pointer, a few lines in the place of the file; run `git lfs install` and "
+                f"`git lfs pull` in {path.parent}, or fetch the model with `hf download`"
             )
 
 
@@ -161,6 +165,7 @@ def read_json(path: Path) -> Any:
 
 def header(path: Path) -> dict[str, StoredTensor]:
     """The tensors that a safetensors file declares. Raises ExportError where it is cut off or something else."""
+    check_no_pointers(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -258,10 +263,10 @@ def _weight_files(folder: Path, config: dict[str, Any]) -> Iterator[Iterator[tup
     elif (folder / _INDEX).exists():
         yield from _sharded(folder, _INDEX)
     elif (folder / _OLD_SINGLE).exists():
-        return
+        check_no_pointers(folder / _OLD_SINGLE)
     elif (folder / _OLD_INDEX).exists():
         for name in _shards(folder, _OLD_INDEX):
-            _inside(folder, name, _OLD_INDEX)
+            check_no_pointers(_inside(folder, name, _OLD_INDEX))
     else:
         raise ExportError(_without_weights(folder))
 
@@ -269,6 +274,7 @@ def _weight_files(folder: Path, config: dict[str, Any]) -> Iterator[Iterator[tup
 def _named_weights(folder: Path, name: str) -> Iterator[Iterator[tuple[str, StoredTensor]]]:
     """Of the file that the configuration names (`transformers_weights`)."""
     path = _inside(folder, name, CONFIG)
+    check_no_pointers(path)
     if name.endswith(".index.json"):
         yield from _sharded(folder, name)
     elif path.suffix == ".safetensors":

@@ -90,8 +90,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run the Python code that comes with the model (auto_map), in the place of transformers' own; it runs with all "
-        "your rights, so read it first (default: no code of a model is run)",
+        help="run the Python code that comes with the model and its tokenizer (auto_map), in the place of transformers' own; "
+        "it runs with all your rights, so read it first (default: no code of a model is run)",
     )
     parser.add_argument("--name", help="the bundle's name (default: the model's)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")

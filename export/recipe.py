@@ -1,5 +1,6 @@
 """What to build: a TOML file in engines/, or flags."""
 
+import difflib
 import re
 import tomllib
 import unicodedata
@@ -18,6 +19,7 @@ _WHEEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 _HUBS = ("huggingface.co", "hf.co", "www.huggingface.co")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+_DIGITS = re.compile(r"[0-9]+")
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
 TokenizerChoice = Literal["file", "transformers"]
 """Whose tokenizer is taken: the authors' tokenizer.json, where there is one, or what AutoTokenizer makes of its vocabulary."""
@@ -96,7 +98,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_length: int | None = None
     """Tokens that a prompt and its answer may have together; None takes what the model was made for."""
     trust_remote_code: bool = False
-    """Run the Python code that comes with the model in the place of transformers' own: with all rights of who exports."""
+    """Whether the Python code that comes with the model and its tokenizer is run, in the place of transformers' own, with all
+    rights of who exports.
+    """
 
 
 def read(path: Path) -> Recipe:
@@ -203,13 +207,27 @@ def _reference(model: str, revision: str | None) -> ModelReference:
 
 
 def _looks_like_path(model: str) -> bool:
-    """Whether `model`, which is not there, was meant as a path: no hub id is written so, or its first folder is there."""
+    """Whether `model`, which is not there, was meant as a path: no hub id is written so, or its folder has something of nearly
+    that name.
+    """
     if model.startswith((".", "/", "~")) or "\\" in model or model.endswith("/"):
         return True
     hub, colon, _ = model.partition(":")
     if not colon and model.endswith((".gguf", ".safetensors", ".bin", ".pt", ".pth", ".onnx")):
         return True
-    return hub.count("/") > 1 or ("/" in hub and Path(hub.split("/")[0]).is_dir())
+    return hub.count("/") > 1 or ("/" in hub and _has_typo(Path(hub)))
+
+
+def _has_typo(path: Path) -> bool:
+    """Whether the name of `path` is a slip of one that is beside it: its letters differ little, its numbers not at all.
+
+    A folder may be called like an organization of the hub and hold other models of it, as another size or version.
+    """
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if _DIGITS.findall(entry.name) == _DIGITS.findall(path.name)]
+    except OSError:
+        names = []
+    return bool(difflib.get_close_matches(path.name, names, 1, 0.7))
 
 
 def _of_address(address: str, revision: str | None) -> ModelReference:

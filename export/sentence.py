@@ -14,6 +14,7 @@ import msgspec
 import torch
 from safetensors.torch import load_file
 
+from export.checkpoint_files import check_no_pointers
 from export.errors import ExportError, UnsupportedModel
 from runtime.bundle import Pooling
 
@@ -120,6 +121,7 @@ def _dense(folder: Path) -> torch.nn.Module:
     if name not in _ACTIVATIONS:
         raise UnsupportedModel(f"{folder} has the activation {name!r}; {', '.join(_ACTIVATIONS)} can be built")
     weights = folder / "model.safetensors"
+    check_no_pointers(weights)
     try:
         linear = torch.nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
         linear.load_state_dict({key.removeprefix("linear."): tensor.float() for key, tensor in load_file(weights).items()})
@@ -138,6 +140,7 @@ def _transformer(folder: Path) -> dict[str, Any]:
 
 
 def _json(path: Path, kind: type[Any]) -> Any:
+    check_no_pointers(path)
     try:
         return msgspec.json.decode(path.read_bytes(), type=list[dict[str, Any]] if kind is list else dict[str, Any])
     except OSError as error:

@@ -15,19 +15,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from optimum.exporters.tasks import TasksManager
 from transformers import PreTrainedModel
 
-from export import checkpoint_files, gguf_model, gguf_parts, leftovers, library_messages, stored_types
+from export import checkpoint_files, gguf_model, gguf_parts, hub, leftovers, library_messages, stored_types
 from export.checkpoint_files import CheckpointFiles
 from export.errors import ExportError, UnsupportedModel
 from export.library_messages import in_few_words
@@ -36,10 +28,8 @@ from runtime.bundle import Source, Task, sha256
 
 _UNUSED = "pooler."
 """Begins the names of weights behind the hidden states that embeddings are made from; many checkpoints leave them out."""
-_HUB_CODE = ["*.py"]
-_HUB_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt", "*.tiktoken", "LICENSE*"]
-
-
+_HUB = "https://huggingface.co"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 BLOCK = 16 << 20
 """Bytes that are hashed between two looks at how far it is."""
 _MAX_GROWTH = 50
@@ -96,9 +86,9 @@ def load(
 ) -> PreTrainedModel:
     """The model in float32, with transformers' plain attention and the head that `task` needs: for embeddings none.
 
-    Nothing of the checkpoint is run, unless `trust_remote_code` allows its own modeling code. What was left out of it and what
-    transformers warns of is put into `notes`, a line each; `share` is told how much is loaded. Raises ExportError or
-    UnsupportedModel.
+    Nothing of the checkpoint is run. With `trust_remote_code` its own code (`auto_map`) is, in the place of transformers', also
+    for types that transformers knows. What was left out of it and what transformers warns of is put into `notes`, a line each;
+    `share` is told how much is loaded. Raises ExportError or UnsupportedModel.
     """
     if checkpoint.gguf_file is not None:
         return _load_gguf(checkpoint.path, task, notes, share)
@@ -126,6 +116,7 @@ def load(
             )
     except Exception as error:  # transformers raises whatever the file's reader did
         raise _refusal(checkpoint, error, task, heard) from error
+    stored_types.widen(model)
     stored_types.check_loaded(model, files)
     left_out = check_whole(model, loaded, files, task, checkpoint.path)
     _check_finite(model, checkpoint.path)
@@ -301,31 +292,11 @@ def _similar(path: Path) -> str:
     return f" (did you mean {' or '.join(str(parent / name) for name in close)}?)" if close else ""
 
 
-def _unreachable(reference: ModelReference, error: Exception) -> str:
-    """Why the hub did not give the model, and what to do."""
-    match error:
-        case GatedRepoError():
-            return "the hub gives it only to those who accepted its terms: do so on its page, then `hf auth login`"
-        case RepositoryNotFoundError():
-            return "the hub has no such model, or it is not open to you; check its name, or `hf auth login`"
-        case RevisionNotFoundError():
-            return f"the hub's has no revision {reference.revision!r}; check --revision"
-        case EntryNotFoundError() if not isinstance(error, LocalEntryNotFoundError):
-            return f"the hub's has no file {reference.file}; check its name"
-        case HfHubHTTPError():
-            return f"the hub refused it ({in_few_words(str(error))}); try again later"
-        case _:
-            return "it could not be fetched from the hub; check the network, or give a local folder"
-
-
 def _from_hub(reference: ModelReference, share: Callable[[float], None], *, trust_remote_code: bool) -> Checkpoint:
     assert reference.hub is not None
-    if reference.file:
-        patterns = list(gguf_parts.names(reference.file))
-    else:
-        patterns = [*_HUB_FILES, *(_HUB_CODE if trust_remote_code else [])]
     try:
-        folder = Path(snapshot_download(reference.hub, revision=reference.revision, allow_patterns=patterns))
+        wanted = hub.patterns(reference, hub.listing(reference), trust_remote_code=trust_remote_code)
+        folder = Path(snapshot_download(reference.hub, revision=reference.revision, allow_patterns=wanted))
     except HFValidationError as error:
         raise ExportError(
             f"{reference.hub!r} is neither a folder or file here{_similar(Path(reference.hub))} nor a hub id (ORG/NAME)"
@@ -333,9 +304,12 @@ def _from_hub(reference: ModelReference, share: Callable[[float], None], *, trus
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ExportError(
             f"there is no folder or file {reference.hub} here{_similar(Path(reference.hub))}, and "
-            f"{_unreachable(reference, error)}"
+            f"{hub.unreachable(reference, error)}"
         ) from error
-    checkpoint = _local(folder, reference, share)
+    try:
+        checkpoint = _local(folder, reference, share)
+    except ExportError as error:  # whoever gave a hub id knows nothing of the cache
+        raise type(error)(str(error).replace(str(folder), reference.hub)) from error
     source = Source("hub", reference.hub, revision=folder.name, sha256=checkpoint.source.sha256, license=reference.license)
     return Checkpoint(checkpoint.folder, checkpoint.gguf_file, source)
 
@@ -344,8 +318,9 @@ def _from_path(reference: ModelReference, share: Callable[[float], None]) -> Che
     assert reference.path is not None
     path = Path(reference.path).expanduser()
     if not path.exists():
+        address = f" ({_HUB}/{reference.path} if the hub's is meant)" if _HUB_ID.fullmatch(reference.path) else ""
         raise ExportError(
-            f"there is no {path}{_similar(path)}; a model is a folder with config.json, a .gguf file, or a hub id"
+            f"there is no {path}{_similar(path)}; a model is a folder with config.json, a .gguf file, or a hub id{address}"
         )
     return _local(path, reference, share)
 
@@ -364,13 +339,11 @@ def _local(path: Path, reference: ModelReference, share: Callable[[float], None]
             meant = f"its folder, {path.parent}" if whole.exists() else "the model's folder"
             raise ExportError(f"{path} is not a GGUF file; give {meant}, or a .gguf file")
         parts = gguf_parts.found(path)
-        for part in parts:
-            checkpoint_files.check_no_pointers(part)
+        checkpoint_files.check_no_pointers(*parts)
         digests = _digests(list(parts), share)
         digest = digests[0] if len(digests) == 1 else _over(digests)
         return Checkpoint(path.parent, parts[0].name, Source("gguf", parts[0].name, sha256=digest, license=reference.license))
-    checkpoint_files.check_contained(path)
-    checkpoint_files.check_no_pointers(path)
+    checkpoint_files.examine(path)  # before what may be many gigabytes is hashed
     name = path.resolve().name
     return Checkpoint(path, None, Source("folder", name, sha256=_weights_digest(path, share), license=reference.license))
 

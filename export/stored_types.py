@@ -143,6 +143,17 @@ def _codes(files: CheckpointFiles, name: str, dtype: str) -> str:
     )
 
 
+def widen(model: torch.nn.Module) -> None:
+    """Make float32 of the weights that were left in 16 bits, where they are numbers as they are: it holds them all.
+
+    transformers does so itself, but not for what stands beside codes: a checkpoint in float8 has its norms and embeddings in
+    bfloat16.
+    """
+    for weight in (*model.parameters(), *model.buffers()):
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            weight.data = weight.data.float()
+
+
 def check_loaded(model: torch.nn.Module, files: CheckpointFiles) -> None:
     """Refuse weights of `model` that are not numbers, and stored codes that were loaded as if they were. Raises ExportError."""
     state = dict(model.state_dict())

@@ -472,17 +472,3 @@ def test_given_one_part_under_a_name_of_its_own_when_loaded_then_it_is_refused(t
 def test_given_a_gguf_in_parts_when_named_on_the_command_line_then_the_bundle_has_the_models_name(tmp_path: Path) -> None:
     parts = split(tmp_path / "parts")
     assert of(str(parts[1]), None, None, (FP32,)).name == "my-model"
-
-
-def test_given_a_part_on_the_hub_when_fetched_then_all_parts_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = split(tmp_path / "parts")
-    asked: list[Any] = []
-
-    def snapshot_download(hub: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((hub, revision, allow_patterns))
-        return str(parts[0].parent)
-
-    monkeypatch.setattr(source, "snapshot_download", snapshot_download)  # there is no hub here
-    recipe = of(f"a/b:{parts[1].name}", None, "v1", (FP32,))
-    assert source.fetch(recipe.model, tmp_path).path == parts[0]
-    assert asked == [("a/b", "v1", [part.name for part in parts])]

@@ -159,6 +159,15 @@ def test_given_code_for_a_model_that_transformers_knows_when_loaded_then_its_own
     assert not mark.exists()
 
 
+def test_given_code_for_a_model_that_transformers_knows_when_it_is_trusted_then_it_takes_the_place_of_transformers(
+    model: Path, mark: Path
+) -> None:
+    bring_code(model, mark)
+    configure(model, model_type="llama")
+    assert type(load(model, trusted=True)).__name__ == "OwnModel"
+    assert mark.exists()
+
+
 def generation_code(model: Path, mark: Path) -> None:
     (model / "custom_generate").mkdir()
     (model / "custom_generate" / "generate.py").write_text(CODE.format(mark=str(mark)) + "\ndef generate(*_, **__): ...\n")
@@ -194,6 +203,19 @@ def test_given_code_in_another_place_when_exported_then_none_of_it_runs(
     with suppress(ExportError):
         tiny.exporting(tmp_path / "engines", verify=False).run(tiny.recipe(model, Build("cpu", "fp32")))
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("bring", "runs"), [(tokenizer_code, True), (generation_code, True), (processor_code, False), (template_code, False)]
+)
+def test_given_code_in_another_place_when_the_model_is_trusted_then_what_is_documented_runs(
+    tmp_path: Path, model: Path, mark: Path, bring: Callable[[Path, Path], None], runs: bool
+) -> None:
+    bring(model, mark)
+    wanted = msgspec.structs.replace(tiny.recipe(model, Build("cpu", "fp32")), trust_remote_code=True)
+    with suppress(ExportError):
+        tiny.exporting(tmp_path / "engines", verify=False).run(wanted)
+    assert mark.exists() == runs
 
 
 class _Bomb:

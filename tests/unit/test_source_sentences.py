@@ -15,7 +15,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 
 import engineshed
-from export import decoder, library_messages, recipe, source
+from export import decoder, library_messages, recipe, sentence, source
 from export.errors import ExportError
 from export.recipe import Build, ModelReference
 from tests import tiny
@@ -49,14 +49,57 @@ def configure(folder: Path, **entries: Any) -> None:
 # What a folder holds ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer.model", "vocab.txt"])
 def test_given_a_git_lfs_pointer_when_fetched_then_it_is_named(model: Path, name: str) -> None:
     (model / name).write_text(POINTER)
-    assert refused(model) == (
+    with pytest.raises(ExportError) as error:  # before anything is hashed
+        source.fetch(ModelReference(path=str(model)), Path("cache"))
+    assert str(error.value) == (
         f"{model / name} is a git-lfs pointer, a few lines in the place of the file; run `git lfs install` and `git lfs pull` "
-        f"in "
-        f"{model}, or fetch the model with `hf download`"
+        f"in {model}, or fetch the model with `hf download`"
     )
+
+
+@pytest.mark.parametrize("kind", ["sharded", "pickled", "pickled shards", "named"])
+def test_given_a_git_lfs_pointer_for_weights_of_another_form_when_fetched_then_it_is_named(model: Path, kind: str) -> None:
+    files = {
+        "sharded": ("model-00001-of-00001.safetensors", "model.safetensors.index.json"),
+        "pickled": ("pytorch_model.bin", None),
+        "pickled shards": ("pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"),
+        "named": ("weights.safetensors", None),
+    }
+    name, index = files[kind]
+    (model / "model.safetensors").unlink()
+    (model / name).write_text(POINTER)
+    if index is not None:
+        (model / index).write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    if kind == "named":
+        configure(model, transformers_weights=name)
+    assert f"{model / name} is a git-lfs pointer" in refused(model)
+
+
+def test_given_git_lfs_pointers_in_files_that_are_not_loaded_when_loaded_then_the_model_is(model: Path) -> None:
+    others = "onnx/model.onnx original/consolidated.00.pth consolidated.safetensors assets/cat.png mine-Q4_K_M.gguf x.bin"
+    for name in others.split():
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(POINTER)
+    source.load(source.fetch(ModelReference(path=str(model)), Path("cache")))
+
+
+@pytest.mark.parametrize("name", ["1_Pooling/config.json", "2_Dense/model.safetensors"])
+def test_given_a_git_lfs_pointer_in_a_module_of_sentence_transformers_when_read_then_it_is_named(
+    tmp_path: Path, name: str
+) -> None:
+    modules = [{"path": path, "type": f"x.{path.partition('_')[2] or 'Transformer'}"} for path in ("", "1_Pooling", "2_Dense")]
+    dense = {"in_features": 4, "out_features": 4, "activation_function": "torch.nn.modules.linear.Identity"}
+    contents = {"modules.json": modules, "1_Pooling/config.json": {"pooling_mode": "mean"}, "2_Dense/config.json": dense}
+    for path, content in contents.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(json.dumps(content))
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(ExportError, match="is a git-lfs pointer") as error:
+        sentence.read(tmp_path, None)
+    assert str(error.value).startswith(str(tmp_path / name))
 
 
 def test_given_a_git_lfs_pointer_for_a_gguf_when_fetched_then_it_is_named(tmp_path: Path) -> None:
@@ -289,10 +332,25 @@ def test_given_a_name_of_which_nothing_remains_when_read_then_another_is_asked_f
 def test_given_a_path_that_is_not_there_when_read_then_it_is_not_taken_for_a_hub_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
 ) -> None:
-    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert recipe.of(given, None, None, (FP32,)).model.hub is None
-    assert refused(given).startswith(f"there is no {Path(given)}")
+    said = refused(given)
+    assert said.startswith(f"there is no {Path(given)}")
+    assert ("or a hub id (https://huggingface.co/models/mien if the hub's is meant)" in said) == (given == "models/mien")
+
+
+@pytest.mark.parametrize("there", ["", "Qwen3-1.7B", "Qwen3-0.6B-FP8", "unlike"])
+@pytest.mark.parametrize("file", ["", "Qwen3-0.6B-Q8_0.gguf"])
+def test_given_a_folder_of_an_organizations_name_when_read_then_a_model_that_is_not_in_it_is_the_hubs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str, file: str
+) -> None:
+    (tmp_path / "Qwen" / there).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    wanted = recipe.of("Qwen/Qwen3-0.6B" + (f":{file}" if file else ""), None, None, (FP32,)).model
+    assert wanted == ModelReference(hub="Qwen/Qwen3-0.6B", file=file or None)
+    (tmp_path / "Qwen" / "Qwen3-0.6B").mkdir()
+    assert recipe.of("Qwen/Qwen3-0.6B", None, None, (FP32,)).model == ModelReference(path="Qwen/Qwen3-0.6B")
 
 
 def test_given_a_typo_in_a_folders_name_when_fetched_then_the_folder_is_offered(

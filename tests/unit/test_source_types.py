@@ -66,22 +66,24 @@ def spread(scales: torch.Tensor, size: int, shape: torch.Size) -> torch.Tensor:
     return scales.repeat_interleave(size, 0).repeat_interleave(size, 1)[: shape[0], : shape[1]]
 
 
-def in_float8(folder: Path, block: int | None) -> Weights:
-    """Store the projections of the model in `folder` in float8, with a scale a block or one for each matrix; the numbers they
-    stand for.
+def in_float8(folder: Path, block: int | None, rest: torch.dtype = torch.bfloat16) -> Weights:
+    """Store the projections of the model in `folder` in float8, with a scale a block or one for each matrix; blocks' scales
+    and all other weights as `rest`, in which published checkpoints have them. The numbers that all of them stand for.
     """
     torch.manual_seed(1)
     stored, meant = {}, {}
     for name, weight in weights(folder).items():
         if "proj" not in name:
-            stored[name] = meant[name] = weight
+            stored[name] = weight.to(rest)
+            meant[name] = stored[name].float()
             continue
         if block is None:
             scale = (weight.abs().max() / 448).reshape(())
             each = scale.expand(weight.shape)
         else:
             scale = torch.rand(-(-weight.shape[0] // block), -(-weight.shape[1] // block)) / 100 + 0.01
-            each = spread(scale, block, weight.shape)
+            scale = scale.to(rest)
+            each = spread(scale.float(), block, weight.shape)
         codes = (weight / each).to(torch.float8_e4m3fn)
         stored[name], stored[f"{name}_scale_inv"], meant[name] = codes, scale, codes.float() * each
     write(folder, stored)
@@ -93,15 +95,24 @@ def in_float8(folder: Path, block: int | None) -> Weights:
 # What is applied ----------------------------------------------------------------------------------------------------------
 
 
+RESTS = pytest.mark.parametrize("rest", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+"""How weights that are not quantized are stored beside codes."""
+
+
+@RESTS
 @pytest.mark.parametrize("block", [None, 16, 32], ids=["a scale a matrix", "blocks of 16", "blocks of 32"])
-def test_given_float8_with_scales_when_loaded_then_weights_are_codes_times_scales(model: Path, block: int | None) -> None:
-    meant = in_float8(model, block)
+def test_given_float8_with_scales_when_loaded_then_weights_are_codes_times_scales(
+    model: Path, block: int | None, rest: torch.dtype
+) -> None:
+    meant = in_float8(model, block, rest)
     state = load(model).state_dict()
     for name, weight in meant.items():
         assert torch.equal(state[name], weight), name
+        assert state[name].dtype == torch.float32, name
 
 
-def test_given_float8_experts_when_loaded_then_they_are_codes_times_scales(tmp_path: Path) -> None:
+@RESTS
+def test_given_float8_experts_when_loaded_then_they_are_codes_times_scales(tmp_path: Path, rest: torch.dtype) -> None:
     sizes: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -111,7 +122,7 @@ def test_given_float8_experts_when_loaded_then_they_are_codes_times_scales(tmp_p
     }
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
     Qwen3Moe(Qwen3MoeConfig(vocab_size=64, **sizes, **heads)).save_pretrained(tmp_path)
-    meant = in_float8(tmp_path, 32)
+    meant = in_float8(tmp_path, 32, rest)
     experts = load(tmp_path).state_dict()
     for number in range(4):
         gate, up, down = (meant[f"model.layers.0.mlp.experts.{number}.{name}_proj.weight"] for name in ("gate", "up", "down"))
@@ -119,7 +130,8 @@ def test_given_float8_experts_when_loaded_then_they_are_codes_times_scales(tmp_p
         assert torch.equal(experts["model.layers.0.mlp.experts.down_proj"][number], down)
 
 
-def test_given_mxfp4_experts_when_loaded_then_they_are_codes_times_scales(tmp_path: Path) -> None:
+@RESTS
+def test_given_mxfp4_experts_when_loaded_then_they_are_codes_times_scales(tmp_path: Path, rest: torch.dtype) -> None:
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
     heads: dict[str, Any] = {
         "num_attention_heads": 4,
@@ -132,7 +144,8 @@ def test_given_mxfp4_experts_when_loaded_then_they_are_codes_times_scales(tmp_pa
     stored, meant, values = {}, {}, torch.tensor(FP4_VALUES)
     for name, weight in weights(tmp_path).items():
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            stored[name] = weight
+            stored[name] = weight.to(rest)
+            meant[name] = stored[name].float()
             continue
         experts, inputs, outputs = weight.shape
         blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
@@ -143,9 +156,10 @@ def test_given_mxfp4_experts_when_loaded_then_they_are_codes_times_scales(tmp_pa
     write(tmp_path, stored)
     configure(tmp_path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
     state = load(tmp_path).state_dict()
-    assert len(meant) == 2
+    assert sum(name.endswith(("experts.gate_up_proj", "experts.down_proj")) for name in meant) == 2
     for name, expected in meant.items():
         assert torch.equal(state[name], expected), name
+        assert state[name].dtype == torch.float32, name
 
 
 # Codes that would be taken for numbers ------------------------------------------------------------------------------------
