@@ -54,8 +54,10 @@ _NAMED = {
 _T5_UNUSED = re.compile(r"\[PAD\d+\]")
 _BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-_MOST_CHARACTERS = 1_000_000
+_MAX_CHARACTERS = 1_000_000
 """Of a trial conversation, as a template renders it."""
+MAX_TEXT = 100
+"""Characters of a text that an error repeats."""
 
 
 @dataclass(frozen=True)
@@ -126,23 +128,35 @@ def for_embeddings(side: TextSide, *, lower: bool) -> TextSide:
 def checked(side: TextSide, rows: int, where: str | Path) -> TextSide:
     """`side` of the model at `where`, which has `rows` embeddings, without stop ids that it never gives.
 
-    Raises ExportError where the tokenizer makes nothing of ordinary text, or tokens that the model has not.
+    Raises ExportError where the tokenizer fails at ordinary text or makes nothing of it, or tokens that the model has not.
     """
     unknown = side.tokenizer.token_to_id(side.special_tokens.get("unk_token", ""))
-    encoded = {text: side.tokenizer.encode(text, add_special_tokens=False).ids for text in corpus.ORDINARY}
+    encoded = {text: _encoded(side.tokenizer, text, where, special=False) for text in corpus.ORDINARY}
     if all(set(ids) <= {unknown} for ids in encoded.values()):
         raise ExportError(
             f"the tokenizer of {where} turns ordinary text ({corpus.ORDINARY[0]!r}) into nothing but unknown tokens; its files "
             f"are not all there, or not this model's: {FILES} were looked for"
         )
-    surrounded = {text: side.tokenizer.encode(text).ids for text in encoded}
-    for text, ids in (surrounded | _conversations(side)).items():
+    surrounded = {text: _encoded(side.tokenizer, text, where) for text in encoded}
+    for text, ids in (surrounded | _conversations(side, where)).items():
         if ids and max(ids) >= rows:
             raise ExportError(
                 f"the tokenizer of {where} is not this model's: it turns {text!r} into the token {max(ids)} "
                 f"({side.tokenizer.id_to_token(max(ids))!r}), and the model has {rows}; fetch both from one place"
             )
     return replace(side, stop_ids=tuple(id for id in side.stop_ids if 0 <= id < rows))
+
+
+def _encoded(tokenizer: Tokenizer, text: str, where: str | Path, *, special: bool = True) -> list[int]:
+    """The tokens of `text`; raises ExportError where there are none because the tokenizer of `where` does not work."""
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=special).ids
+    except Exception as error:  # tokenizers raises nothing more specific.
+        raise ExportError(
+            f"the tokenizer of {where} fails at the text {text[:MAX_TEXT]!r} ({error}); its files are not all there, or "
+            "transformers makes a wrong tokenizer of them; a tokenizer.json, if there is one, is taken with --tokenizer file"
+        ) from error
+    return ids
 
 
 def write_text(side: TextSide, folder: Path) -> tuple[str, ...]:
@@ -381,16 +395,19 @@ def _check_template(name: str, source: object, where: Path) -> None:
         ) from error
 
 
-def _conversations(side: TextSide) -> dict[str, list[int]]:
-    """The tokens of a trial conversation in each chat template that takes it, by what the template is called here."""
+def _conversations(side: TextSide, where: str | Path) -> dict[str, list[int]]:
+    """The tokens of a trial conversation in each chat template that takes it, by what the template is called here.
+
+    Raises ExportError where the tokenizer fails at one.
+    """
     found = {}
     for name, source in side.templates.items():
-        template = ChatTemplate(source, most=_MOST_CHARACTERS, **side.special_tokens)
+        template = ChatTemplate(source, most=_MAX_CHARACTERS, **side.special_tokens)
         try:
             prompt = template.render([{"role": "user", "content": "Hello"}])
         except TemplateError:  # it wants other turns
             continue
-        found[f"a conversation in the chat template {name}"] = side.tokenizer.encode(prompt, add_special_tokens=False).ids
+        found[f"a conversation in the chat template {name}"] = _encoded(side.tokenizer, prompt, where, special=False)
     return found
 
 
