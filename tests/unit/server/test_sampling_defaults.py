@@ -119,7 +119,7 @@ async def test_the_models_show_it(house: House) -> None:
     [
         ([], ", temperature 0.2, top_p 0.9, top_k 7, min_p 0.05, repetition_penalty 1.1. "),
         (["--temperature=0.5", "--model=tiny"], ", temperature 0.5, top_p 0.9, "),
-        (["--temperature=0"], ", always the likeliest token. "),
+        (["--temperature=0"], ", always the likeliest token, repetition_penalty 1.1. "),
     ],
 )
 async def test_chat_says_how_its_answers_are_drawn(
