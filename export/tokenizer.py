@@ -8,17 +8,19 @@ What a chat template may name, and which template is taken, is what AutoTokenize
 through AutoTokenizer altogether.
 
 From a GGUF with a byte-level vocabulary the tokenizer is built here, because transformers' conversion keeps only some of the
-pre-tokenizers (splits.py): SmolLM2's, for one, it replaces by GPT-2's. The other GGUF vocabularies come through transformers.
+pre-tokenizers (splits.py): SmolLM2's, for one, it replaces by GPT-2's. The other GGUF vocabularies come through transformers,
+which is shown the file alone: of a folder it would take the tokenizer.json, whichever model that belongs to.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jinja2
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
@@ -49,9 +51,13 @@ _NAMED = {
     "mask": "mask_token",
 }
 """What templates call the tokens that a GGUF names `tokenizer.ggml.NAME_token_id` (with llama.cpp's spelling)."""
+_T5_UNUSED = re.compile(r"\[PAD\d+\]")
+_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-_MOST_CHARACTERS = 1_000_000
+_MAX_CHARACTERS = 1_000_000
 """Of a trial conversation, as a template renders it."""
+MAX_TEXT = 100
+"""Characters of a text that an error repeats."""
 
 
 @dataclass(frozen=True)
@@ -122,23 +128,35 @@ def for_embeddings(side: TextSide, *, lower: bool) -> TextSide:
 def checked(side: TextSide, rows: int, where: str | Path) -> TextSide:
     """`side` of the model at `where`, which has `rows` embeddings, without stop ids that it never gives.
 
-    Raises ExportError where the tokenizer makes nothing of ordinary text, or tokens that the model has not.
+    Raises ExportError where the tokenizer fails at ordinary text or makes nothing of it, or tokens that the model has not.
     """
     unknown = side.tokenizer.token_to_id(side.special_tokens.get("unk_token", ""))
-    encoded = {text: side.tokenizer.encode(text, add_special_tokens=False).ids for text in corpus.ORDINARY}
+    encoded = {text: _encoded(side.tokenizer, text, where, special=False) for text in corpus.ORDINARY}
     if all(set(ids) <= {unknown} for ids in encoded.values()):
         raise ExportError(
             f"the tokenizer of {where} turns ordinary text ({corpus.ORDINARY[0]!r}) into nothing but unknown tokens; its files "
             f"are not all there, or not this model's: {FILES} were looked for"
         )
-    surrounded = {text: side.tokenizer.encode(text).ids for text in encoded}
-    for text, ids in (surrounded | _conversations(side)).items():
+    surrounded = {text: _encoded(side.tokenizer, text, where) for text in encoded}
+    for text, ids in (surrounded | _conversations(side, where)).items():
         if ids and max(ids) >= rows:
             raise ExportError(
                 f"the tokenizer of {where} is not this model's: it turns {text!r} into the token {max(ids)} "
                 f"({side.tokenizer.id_to_token(max(ids))!r}), and the model has {rows}; fetch both from one place"
             )
     return replace(side, stop_ids=tuple(id for id in side.stop_ids if 0 <= id < rows))
+
+
+def _encoded(tokenizer: Tokenizer, text: str, where: str | Path, *, special: bool = True) -> list[int]:
+    """The tokens of `text`; raises ExportError where there are none because the tokenizer of `where` does not work."""
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=special).ids
+    except Exception as error:  # tokenizers raises nothing more specific.
+        raise ExportError(
+            f"the tokenizer of {where} fails at the text {text[:MAX_TEXT]!r} ({error}); its files are not all there, or "
+            "transformers makes a wrong tokenizer of them; a tokenizer.json, if there is one, is taken with --tokenizer file"
+        ) from error
+    return ids
 
 
 def write_text(side: TextSide, folder: Path) -> tuple[str, ...]:
@@ -190,15 +208,17 @@ def _published(folder: Path) -> PreTrainedTokenizerFast:
     return loaded
 
 
-def _by_class(folder: Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedTokenizerBase:
-    """What AutoTokenizer makes of the folder's files; raises ExportError."""
+def _by_class(
+    folder: Path, where: Path | None = None, *, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedTokenizerBase:
+    """What AutoTokenizer makes of the folder's files, which errors call `where`; raises ExportError."""
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
         )
     except Exception as error:  # transformers raises whatever the file's reader did.
         said = in_few_words(str(error) or type(error).__name__)
-        raise ExportError(f"{folder} has no tokenizer that transformers can load: {said}") from error
+        raise ExportError(f"{where or folder} has no tokenizer that transformers can load: {said}") from error
     return loaded
 
 
@@ -265,9 +285,33 @@ def _of_gguf(path: Path, choice: TokenizerChoice) -> TextSide:
     if metadata["tokenizer.ggml.model"] == "gpt2" and choice == "file":
         side = TextSide(_byte_level(metadata, path), {}, {}, ())
     else:
-        side = _side(_fast(_by_class(path.parent, gguf_file=path.name), path))
+        side = _side(_fast(_by_conversion(path), path))
+        _check_vocabulary(side.tokenizer, tokens, path)
     ends = _distinct([*(ids[end] for end in _ENDS), *side.stop_ids])
     return TextSide(side.tokenizer, _gguf_templates(metadata), {**side.special_tokens, **named}, ends)
+
+
+def _by_conversion(path: Path) -> PreTrainedTokenizerBase:
+    """What transformers makes of the GGUF `path` and of nothing that lies beside it; raises ExportError."""
+    with TemporaryDirectory(prefix="engineshed-") as alone:
+        (Path(alone) / path.name).symlink_to(path.resolve())
+        return _by_class(Path(alone), path, gguf_file=path.name)
+
+
+def _check_vocabulary(tokenizer: Tokenizer, tokens: Sequence[str], path: Path) -> None:
+    """Raise ExportError where `tokenizer` has another token at an id than the GGUF `path`, whose tokens are `tokens`.
+
+    transformers writes some in another way: blanks as SentencePiece does, bytes as GPT-2 does, T5's unused ones by their names.
+    """
+    for id, token in enumerate(tokens):
+        made = tokenizer.id_to_token(id)
+        if made in (None, token, token.replace(" ", "▁")) or _T5_UNUSED.fullmatch(token):
+            continue
+        if made != "".join(piece for piece, _ in _BYTE_LEVEL.pre_tokenize_str(token)):
+            raise ExportError(
+                f"transformers makes another tokenizer of {path}: token {id} is {made!r} there and {token!r} in the file; "
+                "export the original model's folder instead"
+            )
 
 
 def _gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -351,16 +395,19 @@ def _check_template(name: str, source: object, where: Path) -> None:
         ) from error
 
 
-def _conversations(side: TextSide) -> dict[str, list[int]]:
-    """The tokens of a trial conversation in each chat template that takes it, by what the template is called here."""
+def _conversations(side: TextSide, where: str | Path) -> dict[str, list[int]]:
+    """The tokens of a trial conversation in each chat template that takes it, by what the template is called here.
+
+    Raises ExportError where the tokenizer fails at one.
+    """
     found = {}
     for name, source in side.templates.items():
-        template = ChatTemplate(source, most=_MOST_CHARACTERS, **side.special_tokens)
+        template = ChatTemplate(source, most=_MAX_CHARACTERS, **side.special_tokens)
         try:
             prompt = template.render([{"role": "user", "content": "Hello"}])
         except TemplateError:  # it wants other turns
             continue
-        found[f"a conversation in the chat template {name}"] = side.tokenizer.encode(prompt, add_special_tokens=False).ids
+        found[f"a conversation in the chat template {name}"] = _encoded(side.tokenizer, prompt, where, special=False)
     return found
 
 

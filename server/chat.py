@@ -136,11 +136,11 @@ def _drawing(model: Model, temperature: float | None) -> str:
     if model.sampling is None:
         return ""
     used = SamplingDefaults(temperature=temperature).over(model.sampling)
-    if used.temperature == 0:
-        return ", always the likeliest token"
-    told = [("temperature", used.temperature)]
-    told += [(name, value) for name, value in msgspec.structs.asdict(used).items() if value != getattr(SILENT, name)]
-    return f", {', '.join(f'{name} {value:g}' for name, value in dict(told).items())}"
+    values = msgspec.structs.asdict(used)
+    told = [f"{name} {value:g}" for name, value in values.items() if name == "temperature" or value != getattr(SILENT, name)]
+    if used.temperature == 0:  # of what is left, only the penalty still decides what that is
+        told = ["always the likeliest token", *(part for part in told if part.startswith("repetition_penalty"))]
+    return f", {', '.join(told)}"
 
 
 async def _model(url: URL, wanted: str | None) -> Model:

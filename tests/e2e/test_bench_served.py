@@ -133,8 +133,9 @@ def test_started_servers_have_ended_when_the_bench_is_stopped(number: signal.Sig
 def test_a_stopped_bench_says_so_also_where_its_server_has_ended_first(number: signal.Signals) -> None:
     """As when whoever stops it sends the signal to all of its processes: what became of the server is not what went wrong."""
     orphan = (
-        "import os, sys, time\nbench, server = map(int, sys.argv[1:])\nwhile os.getppid() == server: time.sleep(0.01)\n"
-        f"time.sleep(0.2)  # in which the bench sees it\nos.kill(bench, {int(number)})\ntime.sleep(600)"
+        "import os, sys, time\nbench, server = map(int, sys.argv[1:])\n"
+        "while os.path.exists(f'/proc/{server}'): time.sleep(0.01)  # until the bench has seen its end\n"
+        f"os.kill(bench, {int(number)})\ntime.sleep(600)"
     )
     server = (
         "import os, subprocess, sys\n"

@@ -254,7 +254,7 @@ class Slow(Grammars):
         self.go = threading.Event()
 
     def _compile(self, constraint: Constraint) -> Matcher:
-        assert self.go.wait(30)
+        assert self.go.wait(HANGS_SECONDS)
         return super()._compile(constraint)
 
 
@@ -310,22 +310,30 @@ def test_a_mask_that_is_late_holds_up_nobody_else(
     wait_until_idle(grammars, bound.constraint)
     real, times = Masks.fill, itertools.count()
     order: list[str] = []
+    rows: dict[str, list[Row]] = {}
+    came = threading.Condition()
 
     def late(self: Masks, matcher: Any, row: int = 0) -> None:
         if next(times) < 3:
-            seen, deadline = order.count("free"), time.monotonic() + 1  # Before the other has begun, this one is waited for.
-            while order.count("free") < seen + 7 and time.monotonic() < deadline:
-                time.sleep(0.001)
+            with came:
+                wanted = order.count("free") + 7
+                assert came.wait_for(lambda: order.count("free") >= wanted or rows["free"][-1].finish, HANGS_SECONDS)
         real(self, matcher, row)
 
-    monkeypatch.setattr(Masks, "fill", late)
-    loop.submit(FRONT, bound)
-    loop.submit(FRONT, asking("free", None, max_tokens=60))
-    rows: dict[str, list[Row]] = {}
-    while loop.busy:
+    def step() -> None:
         for news in loop.step():
-            order.append(news.row.id)
-            rows.setdefault(news.row.id, []).append(news.row)
+            with came:
+                order.append(news.row.id)
+                rows.setdefault(news.row.id, []).append(news.row)
+                came.notify_all()
+
+    monkeypatch.setattr(Masks, "fill", late)
+    loop.submit(FRONT, asking("free", None, max_tokens=400, stop_ids=[]))
+    while "free" not in rows:  # before which a mask that is late would be waited for
+        step()
+    loop.submit(FRONT, bound)
+    while loop.busy:
+        step()
     assert tokens(rows["bound"]) == expected
     between = [i for i, name in enumerate(order) if name == "bound"]
     assert max(b - a for a, b in itertools.pairwise(between)) > 5

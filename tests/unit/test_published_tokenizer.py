@@ -159,6 +159,23 @@ def test_a_configuration_that_does_not_fit_is_told(tmp_path: Path) -> None:
         read_text(folder)
 
 
+def test_a_tokenizer_that_transformers_rebuilds_badly_is_told_of(tmp_path: Path) -> None:
+    """A class that needs an unknown token, and a vocabulary that has another one or none."""
+    tokens = [*ALPHABET, *("".join(merge) for merge in MERGES), "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = save(tmp_path, tokenizer, tokenizer_class="GemmaTokenizerFast", unk_token=None)
+    with pytest.raises(Exception, match="Unk token"):
+        by_class(folder).backend_tokenizer.encode("a b ▁")
+    side = checked(read_text(folder), len(tokens), folder)
+    assert side.tokenizer.encode("a b").tokens == ["a", "Ġ", "b"]
+    (note,) = side.notes
+    assert "tokenizer.json and transformers' GemmaTokenizer differ in " in note
+    with pytest.raises(ExportError, match=r"fails at the text '.*' \(Unk token .*\); .* is taken with --tokenizer file"):
+        checked(read_text(folder, choice="transformers"), len(tokens), folder)
+
+
 # What is no tokenizer ------------------------------------------------------------------------------------------------
 
 

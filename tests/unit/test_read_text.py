@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 from gguf import GGUFValueType, GGUFWriter, TokenType
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, TokenizersBackend
+from transformers import AutoTokenizer, GenerationConfig, TokenizersBackend
 
 from export.errors import ExportError
 from export.splits import SPLITS
@@ -176,11 +176,12 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
 
 def test_a_kind_of_vocabulary_that_nobody_converts_is_refused(tmp_path: Path) -> None:
     name = write_gguf(tmp_path, "bert", ["[PAD]", "[UNK]", "a"], [TokenType.NORMAL] * 3)
-    with pytest.raises(ExportError, match="bert"):
+    with pytest.raises(ExportError, match=rf"^{tmp_path}/tiny\.gguf has no tokenizer that transformers can load: .*'bert'"):
         read_text(tmp_path, name)
 
 
-def test_a_sentencepiece_gguf_has_sentencepieces_own_tokens(tmp_path: Path) -> None:
+def trained() -> sentencepiece.SentencePieceProcessor:
+    """A small SentencePiece model with bytes for what it does not know."""
     model = io.BytesIO()
     sentences = ["the quick brown fox jumps over the lazy dog", "Hello, world! 12345", "naïve café", "a  b   c"] * 20
     sentencepiece.SentencePieceTrainer.train(
@@ -194,12 +195,15 @@ def test_a_sentencepiece_gguf_has_sentencepieces_own_tokens(tmp_path: Path) -> N
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    original = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def sentencepiece_gguf(folder: Path, original: sentencepiece.SentencePieceProcessor) -> str:
     size = original.get_piece_size()
     kinds = {id: TokenType.CONTROL for id in range(size) if original.is_control(id)}
     kinds |= {id: TokenType.BYTE for id in range(size) if original.is_byte(id)} | {original.unk_id(): TokenType.UNKNOWN}
-    name = write_gguf(
-        tmp_path,
+    return write_gguf(
+        folder,
         "llama",
         [original.id_to_piece(id) for id in range(size)],
         [kinds.get(id, TokenType.NORMAL) for id in range(size)],
@@ -208,12 +212,30 @@ def test_a_sentencepiece_gguf_has_sentencepieces_own_tokens(tmp_path: Path) -> N
         eos_token_id=original.eos_id(),
         unknown_token_id=original.unk_id(),
     )
-    side = read_text(tmp_path, name)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another model's files"])
+def test_a_sentencepiece_gguf_has_sentencepieces_own_tokens(tmp_path: Path, beside: bool) -> None:
+    original = trained()
+    if beside:
+        save_folder(tmp_path, "{{ messages }}")
+    side = read_text(tmp_path, sentencepiece_gguf(tmp_path, original))
     assert (side.special_tokens["bos_token"], side.stop_ids) == ("<s>", (original.eos_id(),))
+    assert side.templates == {}
     for text in ("the lazy fox", "Hello, wörld 42!", "你好 👩‍🚀", "a  b\n\nc\t", "quick"):
         expected = original.encode(text)
         assert side.tokenizer.encode(text).ids == [original.bos_id(), *expected], text
         assert side.tokenizer.decode(expected) == original.decode(expected) == text
+
+
+def test_a_conversion_with_other_tokens_than_the_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one was that transformers mixed with the files beside it."""
+    other = tmp_path / "other"
+    save_folder(other, None)
+    foreign = AutoTokenizer.from_pretrained(other)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: foreign)
+    with pytest.raises(ExportError, match=r"makes another tokenizer of .*tiny\.gguf: token \d+ is .* and .* in the file"):
+        read_text(tmp_path, sentencepiece_gguf(tmp_path, trained()))
 
 
 def save_folder(folder: Path, template: str | None) -> None:

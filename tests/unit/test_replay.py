@@ -26,7 +26,7 @@ def address(tmp_path: Path) -> Iterator[str]:
     yield found
     assert process.stdin is not None
     process.stdin.close()
-    assert process.wait(5) == 0
+    assert process.wait(HANGS_SECONDS) == 0
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import pytest
 from runtime import bundle, ort
 from runtime.bundle import BundleError
 from runtime.engine import Batch, Draw
+from tests.waiting import HANGS_SECONDS
 
 ROOT = Path(__file__).parents[2]
 EXPORTERS = {"export", "onnx", "onnxscript", "optimum", "torch", "transformers"}
@@ -66,7 +67,9 @@ def worker(folder: Path, *options: str, code: str | None = None) -> subprocess.C
         f"--socket=ipc://{folder}/socket",
         *options,
     ]
-    return subprocess.run([sys.executable, *program, *flags], cwd=ROOT, input="", capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, *program, *flags], cwd=ROOT, input="", capture_output=True, text=True, timeout=HANGS_SECONDS
+    )
 
 
 def serve(folder: Path, temporary: Path, *options: str) -> subprocess.Popen[str]:
@@ -135,7 +138,7 @@ def test_a_server_that_is_stopped_while_it_starts_leaves_nothing(tiny_bundle: Pa
     assert "loading" in server.stderr.readline()
     server.send_signal(signal.SIGTERM)
     told = server.stderr.read()  # to its end, which the engine's process holds open, too
-    assert server.wait(30) == 0
+    assert server.wait(HANGS_SECONDS) == 0
     assert "Traceback" not in told
     assert not list(tmp_path.glob("engineshed-*"))
 
@@ -143,7 +146,7 @@ def test_a_server_that_is_stopped_while_it_starts_leaves_nothing(tiny_bundle: Pa
 def test_a_server_without_its_port_ends_with_a_sentence_and_its_engine_with_it(tiny_bundle: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         server = serve(tiny_bundle, tmp_path, f"--port={taken.getsockname()[1]}")
-        _, told = server.communicate(timeout=60)
+        _, told = server.communicate(timeout=HANGS_SECONDS)
     assert server.returncode == 1
     assert "choose with --host and --port" in told
     assert not list(tmp_path.glob("engineshed-*"))

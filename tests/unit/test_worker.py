@@ -73,7 +73,7 @@ def worker(folder: Path, address: str, *options: str) -> Iterator[subprocess.Pop
         yield process
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(HANGS_SECONDS)
 
 
 @contextmanager

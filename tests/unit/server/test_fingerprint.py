@@ -15,6 +15,7 @@ from runtime.devices import Device, Gpu
 from runtime.messages import Generate
 from server.fingerprint import fingerprint
 from tests.unit.server.house import House
+from tests.waiting import HANGS_SECONDS
 
 KERNELS = "onnxruntime 1.32.0 on x86_64 avx2"
 WEIGHTS, OTHER = File("cpu-int4/weights.bin", "aaaa", 5), File("cpu-int4/weights.bin", "bbbb", 5)
@@ -84,7 +85,7 @@ def test_one_variant_has_nothing_to_do_with_another(bundle: Bundle) -> None:
 async def told(house: House) -> str:
     asking = asyncio.ensure_future(house.http.post("/v1/completions", json={"prompt": "hi"}))
     await house.worker.say(await house.worker.next(Generate), "yes", "stop")
-    found: str = (await (await asyncio.wait_for(asking, 5)).json())["system_fingerprint"]
+    found: str = (await (await asyncio.wait_for(asking, HANGS_SECONDS)).json())["system_fingerprint"]
     return found
 
 

@@ -22,6 +22,7 @@ from server.fleet import Offer
 from server.generation import PromptDetails, Usage
 from server.journal import ENTRY
 from tests.unit.server.house import House
+from tests.waiting import HANGS_SECONDS
 
 FORGED = "sent\n2026-01-01 00:00:00,000 INFO engineshed: forged \x1b[2J"
 FORMATS: list[logs.Format] = ["text", "json"]
@@ -141,7 +142,7 @@ async def test_a_request_leaves_one_line_with_what_is_known_of_it(house: House, 
     assert (line["request_id"], line["method"], line["route"], line["status"]) == ("r-1", "POST", "/v1/completions", 200)
     assert line["level"] == "info"
     assert line["client"] is None
-    assert 0 < line["first_byte_seconds"] <= line["seconds"] < 20
+    assert 0 < line["first_byte_seconds"] <= line["seconds"] < HANGS_SECONDS
 
 
 async def test_what_a_route_learns_of_a_request_is_in_its_line(house: House, written: Written) -> None:

@@ -17,6 +17,7 @@ from server import serve
 from server.supervision.catalog import Entry
 from server.supervision.launch import sampling_of
 from tests.unit.server.house import House
+from tests.waiting import HANGS_SECONDS
 
 AUTHORS = SamplingDefaults(temperature=0.2, top_p=0.9, top_k=7, min_p=0.05, repetition_penalty=1.1)
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -45,7 +46,7 @@ async def drawn(house: House, path: str, body: dict[str, Any]) -> tuple[Sampling
     asking = asyncio.ensure_future(house.http.post(path, json=body))
     request = await house.worker.next(Generate)
     await house.worker.say(request, "yes", "stop")
-    answer = await asyncio.wait_for(asking, 5)
+    answer = await asyncio.wait_for(asking, HANGS_SECONDS)
     assert answer.status == 200
     return msgspec.structs.replace(request.sampling, seed=0), await answer.read()
 
@@ -118,7 +119,7 @@ async def test_the_models_show_it(house: House) -> None:
     [
         ([], ", temperature 0.2, top_p 0.9, top_k 7, min_p 0.05, repetition_penalty 1.1. "),
         (["--temperature=0.5", "--model=tiny"], ", temperature 0.5, top_p 0.9, "),
-        (["--temperature=0"], ", always the likeliest token. "),
+        (["--temperature=0"], ", always the likeliest token, repetition_penalty 1.1. "),
     ],
 )
 async def test_chat_says_how_its_answers_are_drawn(
