@@ -368,9 +368,9 @@ def _only_gguf(folder: Path) -> Path:
 
 
 def _weights_digest(folder: Path, share: Callable[[float], None]) -> str | None:
-    """The digest over the hashes of the folder's weight files in name order; None where there are none."""
+    """The digest over the hashes of the folder's configuration and weight files in name order; None without weights."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    return _over(_digests(files, share)) if files else None
+    return _over(_digests(sorted([*files, folder / "config.json"]), share)) if files else None
 
 
 def _over(digests: list[str]) -> str:

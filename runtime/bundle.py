@@ -58,7 +58,8 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     revision: str | None = None
     """The hub's commit."""
     sha256: str | None = None
-    """Of the GGUF file or, for a folder and a GGUF in parts, of its weight files' hashes in name order."""
+    """Of the GGUF file; for a GGUF in parts of its files' hashes in their order, for a folder of those of its configuration and
+    weight files in name order."""
     license: str | None = None
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import resource
 import shutil
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -118,7 +120,8 @@ def test_given_a_model_when_exported_then_the_manifest_says_what_it_is(tiny_bund
     assert (manifest.format, manifest.name, manifest.architecture) == (bundle.FORMAT, "tiny", "llama")
     assert (manifest.vocab_size, manifest.max_length) == (tiny.VOCAB, tiny.POSITIONS)
     assert (manifest.special_tokens["bos_token"], manifest.stop_ids) == (tiny.SPECIAL[0], (2,))
-    weights = hashlib.sha256(bundle.sha256(tiny_model / "model.safetensors").encode()).hexdigest()
+    digests = [bundle.sha256(tiny_model / name) for name in ("config.json", "model.safetensors")]
+    weights = hashlib.sha256("".join(digests).encode()).hexdigest()
     assert manifest.source == bundle.Source("folder", "tiny-llama", sha256=weights)
     assert 0 <= time.time() - manifest.created < 3600
     assert list(manifest.by_name) == ["cpu-fp32", "cpu-int4"]
@@ -211,6 +214,26 @@ def test_given_a_bundle_of_other_weights_when_exported_then_its_variants_are_not
     tiny.exporting(published.parent, verify=False).run(tiny.recipe(model, INT8))
     assert list(bundle.read(published).by_name) == ["cpu-int8"]
     assert not (published / "cpu-fp32").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), ("rms_norm_eps", 1e-3)]
+)
+def test_given_a_bundle_of_another_configuration_when_exported_then_its_variants_are_not_kept(
+    published: Path, model: Path, field: str, value: object
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {field: value}))
+    tiny.exporting(published.parent, verify=False).run(tiny.recipe(model, INT8))
+    assert list(bundle.read(published).by_name) == ["cpu-int8"]
+
+
+def test_given_a_bundle_for_another_length_when_exported_then_its_variants_are_not_kept(
+    published: Path, tiny_model: Path
+) -> None:
+    wanted = msgspec.structs.replace(tiny.recipe(tiny_model, INT8), max_length=100)
+    tiny.exporting(published.parent, verify=False).run(wanted)
+    assert list(bundle.read(published).by_name) == ["cpu-int8"]
 
 
 def export(*arguments: str | Path) -> int:
