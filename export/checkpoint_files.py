@@ -21,6 +21,8 @@ MAX_HEADER = 100_000_000
 """Bytes of a safetensors header at most; the library's own limit."""
 MAX_JSON = 64 << 20
 """Bytes of a JSON file that is read here at most, tokenizers and indices of weights included."""
+AGAIN = "fetch or convert the model again"
+"""What to do about files that are damaged, in the words that end a sentence."""
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Types of stored tensors that hold numbers as they are meant; all others are codes, or counts."""
 _TEXTS = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.txt", "*.tiktoken")
@@ -32,11 +34,8 @@ _OLD_SINGLE, _OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _OTHERS = (
     ("model_index.json", "is a diffusion pipeline, which makes images; {what}"),
-    ("*.onnx", "holds a model in ONNX ({name}), which is a compiled form; give the folder of the model that it was made from"),
-    (
-        "onnx/*.onnx",
-        "holds a model in ONNX ({name}), which is a compiled form; give the folder of the model that it was made from",
-    ),
+    ("*.onnx", "holds a model in ONNX ({name}), {compiled}"),
+    ("onnx/*.onnx", "holds a model in ONNX ({name}), {compiled}"),
     ("params.json", "holds a model in its authors' own format ({name}); {converted}"),
     ("*.pth", "holds a model in its authors' own format ({name}); {converted}"),
     ("*.nemo", "holds a model in NeMo's format ({name}); {converted}"),
@@ -44,6 +43,7 @@ _OTHERS = (
 """What a folder without config.json may be, by a file in it."""
 _WORDS = {
     "what": "a language model is a folder with config.json, or a .gguf file",
+    "compiled": "which is a compiled form; give the folder of the model that it was made from",
     "converted": "give the folder that was converted to Hugging Face's format, which has a config.json",
 }
 _ELSEWHERE = {
@@ -102,8 +102,7 @@ def check_contained(folder: Path) -> None:
         if path.is_symlink() and not any(target.is_relative_to(place) for place in inside):
             raise ExportError(
                 f"{path} is a link that leads out of the model's folder (to {target}), so what would be read is not part of "
-                f"the model; "
-                "put the file itself there"
+                "the model; put the file itself there"
             )
 
 
@@ -138,29 +137,26 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ExportError(_without_config(folder))
     config = read_json(path)
     if not isinstance(config, dict):
-        raise ExportError(f"{path} is not a model's configuration: it holds a {type(config).__name__}, not an object; {_AGAIN}")
+        raise ExportError(f"{path} is not a model's configuration: it holds a {type(config).__name__}, not an object; {AGAIN}")
     if not config:
-        raise ExportError(f"{path} is empty; {_AGAIN}")
+        raise ExportError(f"{path} is empty; {AGAIN}")
     if "_class_name" in config and "_diffusers_version" in config:
         raise ExportError(f"{folder} is a part of a diffusion pipeline ({config['_class_name']}); {_WORDS['what']}")
     if not isinstance(config.get("model_type"), str) and not config.get("auto_map"):
-        raise ExportError(f"{path} does not say of which kind the model is (model_type); {_AGAIN}")
+        raise ExportError(f"{path} does not say of which kind the model is (model_type); {AGAIN}")
     return config
-
-
-_AGAIN = "fetch or convert the model again"
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises ExportError."""
     try:
         if path.stat().st_size > MAX_JSON:
-            raise ExportError(f"{path} has {path.stat().st_size >> 20} MiB, which no file of that name needs; {_AGAIN}")
+            raise ExportError(f"{path} has {path.stat().st_size >> 20} MiB, which no file of that name needs; {AGAIN}")
         return json.loads(path.read_bytes())
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ExportError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
+        raise ExportError(f"{path} is not valid JSON ({error}); {AGAIN}") from error
 
 
 def header(path: Path) -> dict[str, StoredTensor]:
@@ -172,9 +168,9 @@ def header(path: Path) -> dict[str, StoredTensor]:
             first = file.read(8)
             length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
             if not size:
-                raise ExportError(f"{path} is empty; {_AGAIN}")
+                raise ExportError(f"{path} is empty; {AGAIN}")
             if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise ExportError(f"{path} is cut off or not a safetensors file (its header cannot be read); {_AGAIN}")
+                raise ExportError(f"{path} is cut off or not a safetensors file (its header cannot be read); {AGAIN}")
             declared = json.loads(file.read(length))
         tensors, ends = {}, [0]
         for name, entry in declared.items():
@@ -184,11 +180,9 @@ def header(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
-        raise ExportError(f"{path} is damaged: its header is not a safetensors header; {_AGAIN}") from error
+        raise ExportError(f"{path} is damaged: its header is not a safetensors header; {AGAIN}") from error
     if max(ends) != size - 8 - length:
-        raise ExportError(
-            f"{path} is cut off: it has {size} bytes where its header declares {max(ends) + 8 + length}; {_AGAIN}"
-        )
+        raise ExportError(f"{path} is cut off: it has {size} bytes where its header declares {max(ends) + 8 + length}; {AGAIN}")
     return tensors
 
 
@@ -291,7 +285,7 @@ def _shards(folder: Path, index: str) -> list[str]:
     content = read_json(folder / index)
     weights = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
-        raise ExportError(f"{folder / index} does not say which file holds which weight (weight_map); {_AGAIN}")
+        raise ExportError(f"{folder / index} does not say which file holds which weight (weight_map); {AGAIN}")
     return sorted(set(weights.values()))
 
 
@@ -299,9 +293,9 @@ def _inside(folder: Path, name: str, told: str) -> Path:
     """The file `name` of `folder`, as `told` has it; refused where it is not there or lies elsewhere."""
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ExportError(f"{folder / told} names weights outside of the model's folder ({name}); {_AGAIN}")
+        raise ExportError(f"{folder / told} names weights outside of the model's folder ({name}); {AGAIN}")
     if not path.is_file():
-        raise ExportError(f"{folder} lacks {name}, which its {told} names; the download is not complete, {_AGAIN}")
+        raise ExportError(f"{folder} lacks {name}, which its {told} names; the download is not complete, {AGAIN}")
     return path
 
 
@@ -310,18 +304,17 @@ def _without_weights(folder: Path) -> str:
         if (folder / name).exists():
             return (
                 f"{folder} has weights for {framework} only ({name}), which transformers does not load any more; take a "
-                f"version with "
-                "safetensors, or convert it with an older transformers"
+                "version with safetensors, or convert it with an older transformers"
             )
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     if ggufs:
         return f"{folder} has no {_SINGLE}, but {_listed(ggufs)}; name that file to export it"
     if any(folder.glob("onnx/*.onnx")) or any(folder.glob("*.onnx")):
-        return f"{folder} holds a model in ONNX, which is a compiled form; give the folder of the model that it was made from"
+        return f"{folder} holds a model in ONNX, {_WORDS['compiled']}"
     others = sorted(path.name for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if others:
         return f"{folder} has no {_SINGLE} and no {_INDEX}; it has {_listed(others)}, which transformers would not look at"
-    return f"{folder} has a {CONFIG} but no weights ({_SINGLE}, {_INDEX}, {_OLD_SINGLE}); {_AGAIN}"
+    return f"{folder} has a {CONFIG} but no weights ({_SINGLE}, {_INDEX}, {_OLD_SINGLE}); {AGAIN}"
 
 
 def _listed(names: list[str], most: int = 3) -> str:

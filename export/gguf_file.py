@@ -101,8 +101,8 @@ def _open(path: Path) -> GGUFReader:
 
 def _unreadable(path: Path, why: str) -> ExportError:
     return ExportError(
-        f"{path} could not be loaded: {why.splitlines()[0]}; it is cut off or no GGUF: fetch it again, or export the original"
-        " model's folder"
+        f"{path} could not be loaded: {why.splitlines()[0]}; it is cut off or not a GGUF: fetch it again, or export the "
+        "original model's folder"
     )
 
 

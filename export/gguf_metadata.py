@@ -54,7 +54,10 @@ ARCHITECTURE: dict[str, Fate] = {
     "expert_weights_scale": Fate("refused", "a scale of the experts' sum", (0.0, 1.0)),
     "expert_weights_norm": Fate("compared", "with what the architecture does: qwen2moe does not normalize, the others do"),
     "expert_gating_func": Fate(
-        "compared", "with what the architecture does: 2 (sigmoid) for minimax-m2, 1 (softmax) for others", (0,)
+        "compared",
+        "with what the architecture does: 2 (sigmoid) for minimax-m2, 3 (softmax of the experts chosen) for gpt-oss, "
+        "1 (softmax) for others",
+        (0,),
     ),
     "expert_group_scale": Fate("refused", "experts in groups", (0.0, 1.0)),
     "experts_per_group": Fate("refused", "experts in groups", (0,)),
@@ -129,7 +132,7 @@ ARCHITECTURE: dict[str, Fate] = {
     "attention.value_length_swa": Fate("compared", "with `attention.key_length_swa`"),
     "attention.shared_kv_layers": Fate("carried", "`num_kv_shared_layers` (gemma4)", (0,)),
     "attention.sliding_window_pattern": Fate(
-        "carried", f"`layer_types` ({_SLIDING}): every how manieth layer is full, or a list", (0, 1)
+        "carried", f"`layer_types` ({_SLIDING}): every n-th layer is full, or a list", (0, 1)
     ),
     "attention.indexer.head_count": Fate("refused", "sparse attention", (0,)),
     "attention.indexer.key_length": Fate("refused", "sparse attention", (0,)),
@@ -181,7 +184,7 @@ OTHERS: dict[str, Fate] = {
     "general.*": Fate("no effect", "names, authors, links, licences, recommended sampling"),
     "tokenizer.*": Fate("tokenizer", "vocabulary, special tokens, chat template: see export/tokenizer.py"),
     "split.*": Fate("parts", "compared with the names of the files"),
-    "adapter.*": Fate("refused", "an adapter is no model"),
+    "adapter.*": Fate("refused", "an adapter is not a model"),
     "imatrix.*": Fate("refused", "statistics for a quantization are no model"),
     "clip.*": Fate("refused", "the projector of a model that sees or hears"),
     "diffusion.*": Fate("refused", "models that do not answer from left to right"),
@@ -257,7 +260,7 @@ class Hyperparameters:
         if isinstance(said, bool | int | float):
             return said
         if said is None:
-            raise self.unsupported(f"does not say {self.architecture}.{key}, without which it is no whole model")
+            raise self.unsupported(f"does not say {self.architecture}.{key}, without which it is not a whole model")
         raise self.unsupported(f"has {self._told(key)}; layers that differ in it are not carried over")
 
     def whole(self, key: str, default: int | None = None) -> int:

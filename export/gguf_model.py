@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from export import gguf_file, gguf_weights
+from export.checkpoint_files import AGAIN
 from export.errors import ExportError, UnsupportedModel
 from export.gguf_file import GgufFile
 from export.gguf_metadata import Hyperparameters, refuse_strange
@@ -110,8 +111,8 @@ def _check_loaded(file: GgufFile, model: PreTrainedModel, info: Mapping[str, Any
         )
     if missing := info["missing_keys"]:
         raise ExportError(
-            f"{file.path} lacks {len(missing)} of the weights that {type(model).__name__} has ({min(missing)}, for one);"
-            " fetch or convert the model again"
+            f"{file.path} lacks {len(missing)} of the weights that {type(model).__name__} has "
+            f"({min(missing)}, for one); {AGAIN}"
         )
     unexpected = [name for name in info["unexpected_keys"] if task == "text-generation" or not name.startswith("lm_head.")]
     if unexpected:
@@ -149,7 +150,7 @@ def _common(file: GgufFile, keys: Hyperparameters, *, alike: bool = True) -> Set
     keys.value("pooling_type")
     embedding = next((t for reader in file.readers for t in reader.tensors if t.name == "token_embd.weight"), None)
     if embedding is None:
-        raise ExportError(f"{file.path} lacks token_embd.weight; it is no whole model: fetch it again")
+        raise ExportError(f"{file.path} lacks token_embd.weight; it is not a whole model: fetch it again")
     vocabulary = int(embedding.shape[-1])  # the reader's shape has the fastest dimension in front
     keys.value("vocab_size")
     if file.vocabulary not in (None, vocabulary):

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from fnmatch import fnmatch
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
@@ -21,6 +22,8 @@ from export.recipe import ModelReference
 TIMEOUT_SECONDS = 10.0
 """How long the hub may take to say what a repository holds."""
 _FILES = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.txt", "*.tiktoken", "LICENSE*")
+_SAFETENSORS = frozenset({"model.safetensors", "model.safetensors.index.json"})
+"""What transformers looks for before pickled weights."""
 _PICKLED = "pytorch_model*.bin"
 _CODE = "*.py"
 _ELSEWHERE = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".safetensors")
@@ -45,13 +48,14 @@ def listing(reference: ModelReference) -> tuple[str, ...] | None:
 def patterns(reference: ModelReference, names: Sequence[str] | None, *, trust_remote_code: bool) -> list[str]:
     """The files to fetch, of those called `names`: the GGUF that is named, else configuration, text and weights.
 
-    Pickled weights are among them only where there are no safetensors. Raises ExportError where they make no model.
+    Pickled weights are among them only where transformers would take no safetensors. Raises ExportError where all of them make
+    no model.
     """
     if names is not None:
         _check(reference, names)
     if reference.file is not None:
         return list(gguf_parts.names(reference.file))
-    pickled = names is not None and not any(_at_top(name, ".safetensors") for name in names)
+    pickled = names is not None and not _SAFETENSORS.intersection(names)
     return [*_FILES, *([_PICKLED] if pickled else []), *([_CODE] if trust_remote_code else [])]
 
 
@@ -80,7 +84,7 @@ def _check(reference: ModelReference, names: Sequence[str]) -> None:
             there = f"it has {_listed(close)}" if close else "it has no GGUF files"
             raise ExportError(f"{reference.hub} has no file {lost[0]}; {there}")
         return
-    weights = [name for name in names if _at_top(name, ".safetensors") or _at_top(name, ".bin")]
+    weights = [name for name in names if "/" not in name and (name.endswith(".safetensors") or fnmatch(name, _PICKLED))]
     if ggufs and (CONFIG not in names or not weights):
         raise ExportError(
             f"{reference.hub} holds only GGUF files ({_listed(ggufs)}); name one of them: {reference.hub}:{ggufs[0]}"
@@ -94,10 +98,6 @@ def _check(reference: ModelReference, names: Sequence[str]) -> None:
         others = [name for name in names if name.endswith(_ELSEWHERE)]
         has = f"; it has {_listed(others)}, which transformers does not load" if others else ""
         raise ExportError(f"{reference.hub} has a {CONFIG} but no weights (model.safetensors, pytorch_model.bin){has}")
-
-
-def _at_top(name: str, suffix: str) -> bool:
-    return "/" not in name and name.endswith(suffix)
 
 
 def _listed(names: Sequence[str]) -> str:

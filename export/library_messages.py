@@ -37,6 +37,7 @@ _CHATTER = (
     "`use_cache=True`",
     "has generative capabilities",
     "You passed `quantization_config`",
+    "field, to be used together with",  # as Phi-3's authors wrote it, and as it is computed
 )
 """Found in warnings that change nothing about the model that is loaded."""
 

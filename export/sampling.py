@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from transformers import GenerationConfig
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
+from export import library_messages
 from export.errors import ExportError
 from runtime.bundle import SamplingDefaults
 
@@ -48,6 +50,21 @@ def read_sampling(folder: Path, gguf_file: str | None = None) -> tuple[SamplingD
         raise ExportError(f"{path} is not a JSON object; fetch it again, or remove it")
     sampling, notes = _checked(values, FILE)
     return (msgspec.structs.replace(sampling, temperature=0.0) if values.get("do_sample") is False else sampling), notes
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with generation_config.json in `folder`, in a sentence; None where transformers can read it, or it is not
+    there.
+    """
+    if not (folder / FILE).is_file():
+        return None
+    try:
+        with library_messages.listening([]):
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever an entry can be wrong in
+        said = library_messages.in_few_words(str(error) or type(error).__name__)
+        return f"{folder / FILE} cannot be read by transformers ({said}); correct that entry, or remove the file"
+    return None
 
 
 def described(sampling: SamplingDefaults) -> str:

