@@ -95,6 +95,14 @@ async def test_a_template_that_is_not_the_models_is_refused(house: House) -> Non
         assert param == "chat_template"
 
 
+async def test_a_template_in_the_place_of_a_name_is_not_repeated_whole(house: House) -> None:
+    async with house.http.post("/v1/chat/completions", json=HI | {"chat_template": "{{ messages }}" * 10_000}) as answer:
+        message, param = await refusal(answer)
+    assert message.startswith("this model has no chat template called '{{ messages }}{{ messages }}")
+    assert "...'; it has default, " in message
+    assert (len(message) < 300, param) == (True, "chat_template")
+
+
 async def test_a_prompt_has_no_template(house: House) -> None:
     async with house.http.post("/tokenize", json={"prompt": "hi", "chat_template": "rag"}) as answer:
         message, param = await refusal(answer)
