@@ -60,6 +60,10 @@ MAX_TEXT = 100
 """Characters of a text that an error repeats."""
 
 
+class CodeNotRunError(ExportError):
+    """A tokenizer is made by code in the model's folder, which was not to be run."""
+
+
 @dataclass(frozen=True)
 class TextSide:
     """What a bundle needs to turn text into tokens and back."""
@@ -186,7 +190,10 @@ def _of_folder(folder: Path, choice: TokenizerChoice, trust_remote_code: bool) -
     try:
         by_class = _by_class(folder, trust_remote_code=trust_remote_code)
     except ExportError as error:
-        return replace(_side(published), notes=(f"tokenizer.json is taken as it is: {error}",))
+        why = str(error)
+        if isinstance(error, CodeNotRunError):
+            why = "the tokenizer's class is Python code of the model's own, which was not run"
+        return replace(_side(published), notes=(f"tokenizer.json is taken as it is: {why}",))
     if not isinstance(by_class, PreTrainedTokenizerFast):
         return _side(published)
     return replace(_side(by_class, published.backend_tokenizer), notes=_compared(published, by_class, choice))
@@ -211,12 +218,20 @@ def _published(folder: Path) -> PreTrainedTokenizerFast:
 def _by_class(
     folder: Path, where: Path | None = None, *, trust_remote_code: bool = False, **options: Any
 ) -> PreTrainedTokenizerBase:
-    """What AutoTokenizer makes of the folder's files, which errors call `where`; raises ExportError."""
+    """What AutoTokenizer makes of the folder's files, which errors call `where`; raises ExportError.
+
+    Code in the folder runs only with `trust_remote_code`; where it is needed CodeNotRunError is raised.
+    """
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
         )
     except Exception as error:  # transformers raises whatever the file's reader did.
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise CodeNotRunError(
+                f"the tokenizer of {where or folder} is made by Python code of the model's own, which is run only with "
+                "--trust-remote-code"
+            ) from error
         said = in_few_words(str(error) or type(error).__name__)
         raise ExportError(f"{where or folder} has no tokenizer that transformers can load: {said}") from error
     return loaded

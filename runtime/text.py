@@ -23,6 +23,8 @@ from runtime.template import ChatTemplate, Shape, TemplateError
 
 _FOR_TOOLS = "tool_use"
 """What the template for conversations with tools is called among several."""
+MAX_ECHO = 80
+"""Characters of a client's text that an error repeats."""
 
 
 class TextError(Exception):
@@ -72,8 +74,8 @@ class Text:
         if wanted is not None:
             if wanted not in self._templates:
                 raise TextError(
-                    f"this model has no chat template called {wanted!r}; it has {there}. Templates are the model's own: export "
-                    "it with --chat-template to give it another"
+                    f"this model has no chat template called {_short(wanted)!r}; it has {there}. Templates are the model's "
+                    "own: export it with --chat-template to give it another"
                 )
             return wanted
         if tools and _FOR_TOOLS in self._templates:
@@ -311,6 +313,11 @@ class _Pieces:
         if self._byte_fallback and (byte := _BYTE_TOKEN.fullmatch(token)):
             return bytes.fromhex(byte[1])
         return None
+
+
+def _short(text: str) -> str:
+    """`text` as an error repeats it, which need not be long: a client may have sent a whole template as a name."""
+    return text if len(text) <= MAX_ECHO else f"{text[: MAX_ECHO - 3]}..."
 
 
 def _check_characters(text: str) -> None:

@@ -120,11 +120,9 @@ def _template(served: Served, chat: Chat) -> str:
 async def _aside(chat: Chat, work: Callable[[], T]) -> T:
     """What `work` gives, which takes time in proportion to the chat: in a thread where streams would have to wait for it."""
     tools = [(tool.description, tool.parameters) for tool in chat.tools]
-    return (
-        await asyncio.to_thread(work)
-        if _characters((chat.messages, tools, chat.template_options, chat.documents)) > LONG_TEXT
-        else work()
-    )
+    if _characters((chat.messages, tools, chat.template_options, chat.documents)) > LONG_TEXT:
+        return await asyncio.to_thread(work)
+    return work()
 
 
 def _characters(value: object) -> int:

@@ -20,9 +20,9 @@ def prepare(
 ) -> tuple[list[Message], list[dict[str, Any]] | None]:
     """What `Text.chat` takes as messages and as `tools`, for a chat template of `shape`.
 
-    `messages` have OpenAI's fields: role, content (text, text parts or null), name, tool_calls, tool_call_id. Where the
-    template does not know tools, their calls or their results, these are written into the text of the turns, as `format` has
-    them: so a conversation with tools works with any template. Raises ConversationError.
+    `messages` have OpenAI's fields: role, content (text, text parts or null), name, tool_calls, tool_call_id, and the
+    assistant's reasoning. Where the template does not know tools, their calls or their results, these are written into the
+    text of the turns, as `format` has them: so a conversation with tools works with any template. Raises ConversationError.
     """
     turns = [_turn(message) for message in messages]
     _name_results(turns)
@@ -91,7 +91,7 @@ def _with_calls_in_text(turn: Message, format: Format) -> Message:
         return turn
     calls = [Call(call["function"]["name"], call["function"].get("arguments") or "{}") for call in turn["tool_calls"]]
     content = "\n".join(filter(None, [turn["content"], format.render(calls)]))
-    return {"role": turn["role"], "content": content}
+    return {key: value for key, value in turn.items() if key != "tool_calls"} | {"content": content}
 
 
 def _with_results_in_text(turns: Iterable[Message], format: Format) -> list[Message]:

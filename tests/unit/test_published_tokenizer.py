@@ -140,7 +140,11 @@ def test_a_class_that_is_code_in_the_folder_is_not_run(tmp_path: Path) -> None:
     side = read_text(folder)
     assert not ran.exists()
     assert side.tokenizer.encode(DIGITS).tokens == ["650", "841", "823"]
-    assert any("tokenizer.json is taken as it is" in note for note in side.notes)
+    told = "tokenizer.json is taken as it is: the tokenizer's class is Python code of the model's own, which was not run"
+    assert side.notes == (told,)
+    with pytest.raises(ExportError, match="made by Python code of the model's own, which is run only with --trust-remote-code"):
+        read_text(folder, choice="transformers")
+    assert not ran.exists()
 
 
 def test_vocabulary_files_alone_go_through_transformers(tmp_path: Path) -> None:

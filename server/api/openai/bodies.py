@@ -60,6 +60,12 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     tool_calls: list[CallMade] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None
+    """What an assistant thought before it answered, as vLLM and others return it; the chat template decides what it becomes."""
+    reasoning: str | None = None
+    """The same by vLLM's newer name."""
+    thinking: str | None = None
+    """The same by the name that gpt-oss's template has for it."""
 
     def __post_init__(self) -> None:
         """Refuse a turn without words."""
