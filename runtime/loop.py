@@ -193,7 +193,7 @@ class Loop:
         news += self._prefill(time.perf_counter() - start)
         self._look()
         deadline = time.monotonic() + PATIENCE
-        others = [s for s in self.slots.decoding if s not in plans and s.length <= self.slots.room(s)]
+        others = self._within([sequence for sequence in self.slots.decoding if sequence not in plans])
         news += self._decode([sequence for sequence in others if _ready(sequence, deadline)])
         self._look()
         return news
@@ -224,9 +224,8 @@ class Loop:
 
     def _grown(self, sequences: list[Sequence]) -> list[Sequence]:
         """Those of `sequences` that can go on; the others have grown past a boundary, and are to be computed anew."""
-        if not self.engine.length_boundaries:
-            return sequences
-        past = [sequence for sequence in sequences if sequence.length > self.slots.room(sequence)]
+        within = self._within(sequences)
+        past = [] if within is sequences else [sequence for sequence in sequences if sequence not in within]
         for sequence in past:
             self.slots.restart(sequence)
         prompt = self.slots.prefilling
@@ -234,7 +233,13 @@ class Loop:
             prompt.scored = []  # which begins anew, since scores are found by computing
             self._outgrown.appendleft(self.slots.pause())
         self._outgrown.extendleft(reversed(past))
-        return [sequence for sequence in sequences if sequence not in past]
+        return within
+
+    def _within(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Those of `sequences` whose next token is computed as the rows in their slots were."""
+        if not self.engine.length_boundaries:
+            return sequences
+        return [sequence for sequence in sequences if sequence.length <= self.slots.room(sequence)]
 
     def _look(self) -> None:
         """Begin with the masks of those who took a token."""
