@@ -101,24 +101,9 @@ class Export:
         with publish.workshop(self.engines, recipe.name) as workshop:
             job: _Job | EmbeddingJob
             if recipe.task == "feature-extraction":
-                use = sentence.read(checkpoint.folder, recipe.pooling)
-                text = tokenizer.for_embeddings(text, lower=use.lower)
-                job = EmbeddingJob(
-                    model,
-                    use,
-                    workshop,
-                    self._stage,
-                    self.verify,
-                    lambda words: text.tokenizer.encode(words).ids,
-                    recipe.max_length,
-                )
+                job, text = self._embedding_job(recipe, checkpoint, model, workshop, text)
             else:
-                with self._stage("survey") as stage:
-                    seen = decoder.survey(model, recipe.max_length)
-                    stage.note = _survey_note(seen)
-                    for notice in _unseen(seen):
-                        stage.notice(notice)
-                job = _Job(self, model, seen, workshop, text, sample)
+                job = self._job(recipe, model, workshop, text, sample)
             texts = tokenizer.write_text(text, workshop)
             variants = tuple(job.build(build) for build in recipe.variants)
             manifest = Bundle(
@@ -147,6 +132,29 @@ class Export:
                 publish.replace(folder, workshop)
                 stage.note = str(folder)
         return folder
+
+    def _job(
+        self, recipe: Recipe, model: PreTrainedModel, workshop: Path, text: tokenizer.TextSide, sample: str | None
+    ) -> "_Job":
+        with self._stage("survey") as stage:
+            seen = decoder.survey(model, recipe.max_length)
+            stage.note = _survey_note(seen)
+            for notice in _unseen(seen):
+                stage.notice(notice)
+        return _Job(self, model, seen, workshop, text, sample)
+
+    def _embedding_job(
+        self, recipe: Recipe, checkpoint: source.Checkpoint, model: PreTrainedModel, workshop: Path, text: tokenizer.TextSide
+    ) -> tuple[EmbeddingJob, tokenizer.TextSide]:
+        """The job, and the text side as `sentence` wants it."""
+        use = sentence.read(checkpoint.folder, recipe.pooling)
+        text = tokenizer.for_embeddings(text, lower=use.lower)
+
+        def tokenize(words: str) -> list[int]:
+            ids: list[int] = text.tokenizer.encode(words).ids
+            return ids
+
+        return EmbeddingJob(model, use, workshop, self._stage, self.verify, tokenize, recipe.max_length), text
 
     def _text_side(
         self, recipe: Recipe, checkpoint: source.Checkpoint, model: PreTrainedModel, template: str | None

@@ -110,7 +110,7 @@ def read(path: Path) -> Recipe:
     except OSError as error:
         raise ExportError(f"recipe {path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ExportError(f"recipe {path} is no TOML: {error}") from error
+        raise ExportError(f"recipe {path} is not valid TOML: {error}") from error
     except msgspec.ValidationError as error:
         raise ExportError(f"recipe {path}: {error}") from error
     return checked(recipe)
@@ -171,7 +171,7 @@ def _check(build: Build) -> None:
         )
     for gpu in build.gpus:
         if not _CAPABILITY.fullmatch(gpu):
-            raise ExportError(f"variant {build.name!r}: {gpu!r} is no compute capability; write it as 8.9")
+            raise ExportError(f"variant {build.name!r}: {gpu!r} is not a compute capability; write it as 8.9")
 
 
 def of(

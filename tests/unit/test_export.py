@@ -340,7 +340,7 @@ precision = "int4"
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ('name = "tiny"', "name = tiny", "is no TOML: "),
+        ('name = "tiny"', "name = tiny", "is not valid TOML: "),
         ('name = "tiny"', 'name = "tiny"\ncolour = "red"', "unknown field `colour`"),
         ("precision", "precison", "unknown field `precison` - at `$.variants[0]`"),
         ('"int4"', '"int3"', "'int3'"),
@@ -349,7 +349,7 @@ precision = "int4"
         ('"int4"', '"int4"\nchunk = 64', "variant 'cpu-int4': context, batches, chunk, gpus and strip are for tensorrt"),
         ('"int4"', '"fp16"\ntarget = "tensorrt"\nbatches = []', "at least one batch is named"),
         ('"int4"', '"fp16"\ntarget = "tensorrt"\ncontext = 0', "are numbers from 1 on"),
-        ('"int4"', '"fp16"\ntarget = "tensorrt"\ngpus = ["sm89"]', "'sm89' is no compute capability; write it as 8.9"),
+        ('"int4"', '"fp16"\ntarget = "tensorrt"\ngpus = ["sm89"]', "'sm89' is not a compute capability; write it as 8.9"),
         ('name = "tiny"', "", "missing required field `name`"),
         ('name = "tiny"', 'name = "../tiny"', "bundle name '../tiny': use small letters"),
         ('path = "model"', "", "exactly one of hub, path and wheel; it has none"),
@@ -369,7 +369,7 @@ def test_given_a_recipe_that_is_wrong_when_exported_then_the_command_names_the_p
     assert sentence in line
 
 
-@pytest.mark.parametrize(("content", "sentence"), [(None, "cannot be read: No such file"), (b"\xff", "is no TOML: ")])
+@pytest.mark.parametrize(("content", "sentence"), [(None, "cannot be read: No such file"), (b"\xff", "is not valid TOML: ")])
 def test_given_a_recipe_that_is_no_text_when_exported_then_the_command_names_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, sentence: str
 ) -> None:
