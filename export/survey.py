@@ -21,6 +21,8 @@ from export.positions import TOLERANCE, difference
 from export.rotary import length_boundaries
 from export.step import StepModule, Survey, in_words, prepare
 
+_LIMITS = ("max_position_embeddings", "max_target_positions", "max_seq_len", "max_sequence_length", "seq_length")
+"""Names under which configurations say how many positions there are, the most usual first."""
 PROBE_TOKENS = 11
 """Length of the survey's prompt: longer than any convolution kernel, prime so that no reshape fits by accident."""
 
@@ -72,7 +74,7 @@ def survey(model: PreTrainedModel, longest: int | None = None) -> Survey:
 def _limit(model: PreTrainedModel, tables: dict[str, int], asked: int | None) -> int:
     """Positions that rows may have: those `asked` for, else what the configuration says, and no more than there are."""
     config = model.config.get_text_config(decoder=True)
-    named = getattr(config, "max_position_embeddings", None)
+    named = next((length for name in _LIMITS if isinstance(length := getattr(config, name, None), int)), None)
     ends = [*_table_ends(model, tables), *([int(named)] if named else [])]
     if asked is not None and asked > min(ends, default=asked):
         raise UnsupportedModel(
