@@ -16,6 +16,7 @@ from runtime import bundle
 from runtime.bundle import SamplingDefaults
 from tests import tiny
 
+ROOT = Path(__file__).parents[2]
 FP32 = "[[variants]]\nprecision = 'fp32'"
 ALL: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.05}
 
@@ -141,3 +142,9 @@ def test_embeddings_have_none(change: dict[str, Any]) -> None:
     made = msgspec.structs.replace(tiny.recipe(Path("x"), Build("cpu", "fp32")), task="feature-extraction", **change)
     with pytest.raises(ExportError, match="a chat template and sampling are for answers, and embeddings have none"):
         recipe.checked(made)
+
+
+def test_the_end_to_end_tests_run_over_the_default_model_with_its_sampling() -> None:
+    default, tested = (recipe.read(ROOT / path) for path in ("engines/smollm2-135m-instruct.toml", "tests/data/e2e.toml"))
+    assert msgspec.structs.replace(tested, variants=default.variants) == default
+    assert set(default.variants) <= set(tested.variants)
