@@ -61,7 +61,7 @@ class StoredTensor:
     dtype: str
     """As the format writes it: F32, BF16, F8_E4M3, U8, ..."""
     shape: tuple[int, ...]
-    file: str
+    file: Path
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def header(path: Path) -> dict[str, StoredTensor]:
         tensors, ends = {}, [0]
         for name, entry in declared.items():
             if name != "__metadata__":
-                tensors[name] = StoredTensor(str(entry["dtype"]), tuple(map(int, entry["shape"])), path.name)
+                tensors[name] = StoredTensor(str(entry["dtype"]), tuple(map(int, entry["shape"])), path)
                 ends.append(int(entry["data_offsets"][1]))
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error

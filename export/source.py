@@ -20,7 +20,17 @@ from optimum.exporters.tasks import TasksManager
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from export import checkpoint_files, gguf_model, gguf_parts, hub, leftovers, library_messages, sampling, stored_types
+from export import (
+    checkpoint_files,
+    gguf_model,
+    gguf_parts,
+    hub,
+    leftovers,
+    library_messages,
+    sampling,
+    stored_types,
+    stored_values,
+)
 from export.checkpoint_files import CheckpointFiles
 from export.errors import ExportError, UnsupportedModel
 from export.library_messages import in_few_words
@@ -120,10 +130,11 @@ def load(
     stored_types.widen(model)
     stored_types.check_loaded(model, files)
     left_out = check_whole(model, loaded, files, task, checkpoint.path)
+    restored = stored_values.restore(model, files)
     _check_finite(model, checkpoint.path)
     model.eval()
     if notes is not None:
-        notes += [*left_out, *(f"transformers: {message}" for message in heard)]
+        notes += [*left_out, *restored, *(f"transformers: {message}" for message in heard)]
     return model
 
 

@@ -235,14 +235,14 @@ def _check_pickled(files: CheckpointFiles) -> None:
         for name, tensor in stored.items() if isinstance(stored, dict) else ():
             if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
                 dtype = str(tensor.dtype).removeprefix("torch.")
-                files.tensors[name] = StoredTensor(dtype, tuple(tensor.shape), path.name)
+                files.tensors[name] = StoredTensor(dtype, tuple(tensor.shape), path)
         files.tensors.update(_floats(stored, path) if isinstance(stored, dict) else {})
 
 
 def _floats(stored: dict[str, Any], path: Path) -> dict[str, StoredTensor]:
     types = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     return {
-        name: StoredTensor(types.get(tensor.dtype, "F8_" + str(tensor.dtype)), tuple(tensor.shape), path.name)
+        name: StoredTensor(types.get(tensor.dtype, "F8_" + str(tensor.dtype)), tuple(tensor.shape), path)
         for name, tensor in stored.items()
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
     }

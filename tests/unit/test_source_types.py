@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -25,10 +26,11 @@ from transformers.integrations.mxfp4 import FP4_VALUES
 from export import source
 from export.errors import ExportError
 from export.recipe import ModelReference
-from tests import tiny
+from tests import families, tiny
 
 Weights = dict[str, torch.Tensor]
 UP = "model.layers.0.mlp.up_proj.weight"
+TABLE = "model.embed_tokens.weight"
 
 
 @pytest.fixture
@@ -401,3 +403,46 @@ def test_given_a_model_that_is_whole_when_loaded_then_nothing_is_noted(tiny_mode
     load(tiny_model, notes)
     assert notes == []
     assert load(tiny_model).config.vocab_size == tiny.VOCAB
+
+
+@pytest.fixture
+def youtu(tmp_path: Path) -> tuple[PreTrainedModel, Path]:
+    """A model of a type whose padding token's embedding transformers sets to zero after it was loaded; and its folder."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(families.configuration("youtu"), dtype=torch.bfloat16).eval()
+    torch.nn.init.normal_(model.get_parameter(TABLE))
+    return model, tmp_path / "mine"
+
+
+@pytest.mark.parametrize("form", ["safetensors", "shards in a folder", "pickled", "pickled by torch 1.5"])
+def test_given_numbers_that_transformers_changes_after_loading_when_loaded_then_they_are_as_stored(
+    youtu: tuple[PreTrainedModel, Path], form: str
+) -> None:
+    model, folder = youtu
+    model.save_pretrained(folder)
+    stored = weights(folder)
+    if form != "safetensors":
+        (folder / "model.safetensors").unlink()
+    if form == "shards in a folder":
+        (folder / "parts").mkdir()
+        safetensors.torch.save_file(stored, folder / "parts" / "all.safetensors", {"format": "pt"})
+        index = {"metadata": {}, "weight_map": dict.fromkeys(stored, "parts/all.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif form != "safetensors":
+        torch.save(stored, folder / "pytorch_model.bin", _use_new_zipfile_serialization=form == "pickled")
+    notes: list[str] = []
+    loaded = load(folder, notes)
+    table = stored[TABLE].float()
+    assert torch.equal(loaded.get_parameter(TABLE), table)
+    assert table[0].any()
+    assert notes == ["transformers changed 1 of 128 rows of model.embed_tokens.weight after loading; the checkpoint's are used"]
+
+
+def test_given_names_without_the_models_prefix_when_loaded_then_numbers_are_as_stored(
+    youtu: tuple[PreTrainedModel, Path],
+) -> None:
+    model, folder = youtu
+    model.save_pretrained(folder)
+    stored = {name.removeprefix("model."): tensor for name, tensor in weights(folder).items()}
+    safetensors.torch.save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    assert torch.equal(load(folder).get_parameter(TABLE), model.get_parameter(TABLE).float())

@@ -1,0 +1,73 @@
+"""Whether a loaded model has the very numbers that its checkpoint stores.
+
+transformers initializes some modules after it has loaded them, and one that does so without a look at what is there (a padding
+token's row of the embeddings set to zero, in Youtu) leaves another model than the one that was published. The engine would be
+compared with that one, and agree with it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from export.checkpoint_files import FLOATS, CheckpointFiles
+
+
+def restore(model: PreTrainedModel, files: CheckpointFiles) -> list[str]:
+    """Give `model` the numbers that are stored wherever it has others under the same name; a line on each.
+
+    Weights that transformers makes of others (experts in one tensor, codes with scales) are not looked at.
+    """
+    weights = model.state_dict(keep_vars=True)
+    lines = []
+    for name, stored in _stored(model, files, weights):
+        weight = weights[name].data
+        if weight.shape != stored.shape or not weight.is_floating_point():
+            continue
+        kept = stored.to(weight.dtype)
+        if not torch.equal(weight, kept):
+            lines.append(f"transformers changed {_extent(weight, kept)} of {name} after loading; the checkpoint's are used")
+            weight.copy_(kept)
+    return lines
+
+
+def _stored(
+    model: PreTrainedModel, files: CheckpointFiles, weights: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The names in `weights` under which transformers put what is stored as it is, each with what is stored."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    by_file: dict[Path, list[tuple[str, str]]] = {}
+    for key, tensor in files.tensors.items():
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, weights)
+        if name not in weights and key in weights:
+            name, pattern = key, None
+        if name in weights and pattern is None and tensor.dtype in FLOATS:
+            by_file.setdefault(tensor.file, []).append((key, name))
+    for file, pairs in by_file.items():
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                for key, name in pairs:
+                    yield name, opened.get_tensor(key)
+        else:
+            pickled = torch.load(file, map_location="cpu", weights_only=True, mmap=_can_be_mapped(file))
+            for key, name in pairs:
+                yield name, pickled[key]
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Whether torch wrote the file as an archive; what it wrote before version 1.6 has to be read whole."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _extent(weight: torch.Tensor, stored: torch.Tensor) -> str:
+    """How much of `weight` differs from what is stored, in its rows where it has some."""
+    differs = weight != stored
+    if weight.dim() < 2:
+        return f"{int(differs.sum())} of {weight.numel()} numbers"
+    return f"{int(differs.flatten(1).any(dim=1).sum())} of {len(weight)} rows"
