@@ -104,6 +104,7 @@ class Export:
                 job, text = self._embedding_job(recipe, checkpoint, model, workshop, text)
             else:
                 job = self._job(recipe, model, workshop, text, sample)
+                text = replace(text, stop_ids=job.stop_ids)
             texts = tokenizer.write_text(text, workshop)
             variants = tuple(job.build(build) for build in recipe.variants)
             manifest = Bundle(
@@ -209,6 +210,8 @@ class _Job:
         export, seen = self.export, self.seen
         self.vocab = int(self.model.get_output_embeddings().weight.shape[0])
         self.max_length = seen.max_length
+        ends = self.text.stop_ids
+        self.stop_ids = ends if seen.padding is None or seen.padding in ends else (*ends, seen.padding)
         timings = export.cache.with_name("tensorrt")
         self._compiler = Compiler(self.model, seen, self.vocab, self.max_length, timings, export._stage)
         self._proof = Proof(
@@ -230,6 +233,11 @@ class _Job:
 
 def _unseen(seen: decoder.Survey) -> Iterator[str]:
     """What whoever exports should know of rows that were not compared."""
+    if seen.padding is not None:
+        yield (
+            f"the model takes its padding token ({seen.padding}) for none at all where it counts positions, so an answer ends "
+            "with one; leave it out of prompts"
+        )
     if seen.named_beyond is not None:
         yield (
             f"the bundle takes {seen.max_length} tokens: rows longer than that could not be compared here, and the model's "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from export.cache import SlotCache, Step
 from export.errors import UnsupportedModel
@@ -131,10 +131,16 @@ def affordable(model: PreTrainedModel, length: int, work: float | None = None) -
     """Whether a row of `length` tokens may be computed from its first token, by its attention's memory and its work: weights
     times tokens, at most `work`, `MAX_WORK` if nothing is said.
     """
-    heads = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", None)
-    scores = 4 * 4 * (heads if isinstance(heads, int) else 32) * length**2
+    scores = 4 * 4 * _heads(model.config.get_text_config(decoder=True)) * length**2
     most = MAX_WORK if work is None else work
     return sum(parameter.numel() for parameter in model.parameters()) * length <= most and scores <= _room() / 4
+
+
+def _heads(config: PreTrainedConfig) -> int:
+    """Query heads of a layer, of the layer that has the most where they differ."""
+    layers = config.per_layer_config if config.is_heterogeneous else [config]
+    counts = [getattr(layer, "num_attention_heads", None) for layer in layers]
+    return max([count for count in counts if isinstance(count, int)], default=_USUAL_HEADS)
 
 
 def within_memory(seen: Survey, lengths: tuple[int, ...]) -> tuple[int, ...]:
@@ -154,6 +160,7 @@ def _room() -> float:
     return min(MAX_BYTES, available / 2)
 
 
+_USUAL_HEADS = 32
 TOLERANCE = 1e-3
 """Of the largest logit, by which a step may depart from one plain pass; float32 rounding stays below a tenth of it."""
 

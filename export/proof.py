@@ -109,7 +109,15 @@ class Proof:
             count = min(verify.TOKENS, length // 2)
             prompts = self._prompts(length - count, count)
             answers = greedy.answer(engine, prompts, count, verify.CHUNK, stage.part(0, 0.5))
-            agreement = verify.compare(self.model, prompts, answers, tie, self.seen.length_boundaries, stage.part(0.5, 1))
+            agreement = verify.compare(
+                self.model,
+                prompts,
+                answers,
+                tie,
+                self.seen.length_boundaries,
+                stage.part(0.5, 1),
+                padding=self.seen.padding,
+            )
             longest = max(map(len, prompts)) + count
             stage.note = f"{agreement.equal} of {agreement.compared} greedy tokens are transformers'"
             if agreement.ties:

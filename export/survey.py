@@ -50,6 +50,8 @@ def survey(model: PreTrainedModel, longest: int | None = None) -> Survey:
     tables: dict[str, int] = {}
     with watching_tables(model, tables):
         plain = [_plain(model, prompt) for prompt in prompts]
+    padded = _padded(model, prompts[0])
+    padded_plain = None if padded is None else _plain(model, padded)
     prepare(model)
     places = torch.arange(PROBE_TOKENS)
     length = torch.tensor([PROBE_TOKENS], dtype=torch.int32)
@@ -68,7 +70,21 @@ def survey(model: PreTrainedModel, longest: int | None = None) -> Survey:
     ]
     limit = _limit(model, tables, longest)
     kept = _kept(model, Survey(layers, tables, length_boundaries(model), max_length=limit), prompts, plain)
+    if padded is not None and padded_plain is not None:
+        counted = StepModule(model, kept).logits(padded[None], SlotCache(Step(places[None], length, places, length)))
+        if not difference(counted, padded_plain) <= TOLERANCE:
+            kept = replace(kept, padding=int(model.config.get_text_config(decoder=True).pad_token_id))
     return kept if longest is not None else _within_what_was_compared(model, kept)
+
+
+def _padded(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor | None:
+    """`prompt` with the model's padding token in it; None where the model has none."""
+    padding = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
+    if not isinstance(padding, int) or not 0 <= padding < int(model.get_input_embeddings().weight.shape[0]):  # type: ignore[index]
+        return None
+    padded = prompt.clone()
+    padded[len(prompt) // 2] = padding
+    return padded
 
 
 def _limit(model: PreTrainedModel, tables: dict[str, int], asked: int | None) -> int:

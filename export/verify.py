@@ -106,13 +106,17 @@ def compare(
     tie: float = TIE,
     boundaries: tuple[int, ...] = (),
     share: Callable[[float], None] = lambda share: None,
+    *,
+    padding: int | None = None,
 ) -> Agreement:
     """Judge each token of `answers` by `model`'s own logits after the prompt and the answer before it; see
-    `reference_logits`. `share` is told how many of their tokens were judged, from 0 to 1.
+    `reference_logits`. `share` is told how many of their tokens were judged, from 0 to 1. An answer ends at `padding`.
     """
     found = Agreement(0, 0, 0, "")
     tokens, done = sum(map(len, prompts)), 0
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        if padding in answer:
+            answer = answer[: answer.index(padding) + 1]
         logits = reference_logits(model, prompt + answer[:-1], boundaries)[len(prompt) - 1 :]
         one = judge(logits, torch.tensor(answer), tie)
         where = f"prompt {number} of {len(prompt)} tokens, {one.first}" if one.first else ""

@@ -165,7 +165,7 @@ def _judged(model: PreTrainedModel, folder: Path) -> tuple[Verdict, str]:
     asked = families.prompts(engine.vocab_size, _sizes(engine.context, named))
     answers = families.greedy(engine, asked, min(families.TOKENS, engine.context // 2))
     reference = copy.deepcopy(model)
-    agreement = verify.compare(reference, asked, answers, families.TIE, seen.length_boundaries)
+    agreement = verify.compare(reference, asked, answers, families.TIE, seen.length_boundaries, padding=seen.padding)
     return ("wrong", agreement.first) if agreement.different else ("equal", f"{agreement.ties} tied" if agreement.ties else "")
 
 

@@ -1,6 +1,7 @@
 """What the survey and the proof see at positions that short prompts do not reach."""
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,38 @@ def test_a_position_table_has_no_rows_for_the_offset_that_it_begins_with() -> No
     seen = decoder.survey(families.model("roberta"))
     assert seen.max_length == families.POSITIONS - 1
     assert decoder.survey(families.model("opt")).max_length == families.POSITIONS
+
+
+def test_a_padding_token_that_is_not_counted_as_a_position_is_seen() -> None:
+    assert decoder.survey(families.model("roberta")).padding == 0
+    for counting in ("llama", "opt", "bloom", "llama4_text"):
+        assert decoder.survey(families.model(counting)).padding is None
+
+
+def test_an_answer_is_judged_up_to_padding_that_is_not_counted() -> None:
+    model, prompt = families.model("roberta"), [5, 6, 7]
+    right = int(families.logits(model, prompt)[-1].argmax())
+    assert verify.compare(model, [prompt], [[right, 0, 9, 9]], padding=0).compared == 2
+    assert verify.compare(model, [prompt], [[right, 0, 9, 9]]).compared == 4
+
+
+def test_what_follows_uncounted_padding_is_never_said(tmp_path: Path, tiny_model: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    config = families.configuration("roberta")
+    config.vocab_size, config.pad_token_id = tiny.VOCAB, 1
+    model = AutoModelForCausalLM.from_config(config).eval()
+    families.randomize(model, "roberta")
+    model.save_pretrained(folder)
+    heard = tiny.Silent()
+    published = tiny.exporting(tmp_path / "engines", progress=heard).run(tiny.recipe(folder, tiny.BUILDS[0]))
+    assert bundle.read(published).stop_ids == (2, 1)
+    assert any("takes its padding token (1) for none at all" in sentence for sentence in heard.notices)
+
+
+def test_a_model_whose_layers_have_different_numbers_of_heads_is_surveyed() -> None:
+    model = families.model("dots3_note")
+    assert model.config.is_heterogeneous
+    assert decoder.survey(model).checked_length == families.POSITIONS
 
 
 def test_more_than_a_model_was_made_for_is_refused() -> None:
