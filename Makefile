@@ -27,7 +27,7 @@ PEER_TARGETS := $(PEERS)/genai/.installed $(PEERS)/openvino/.installed $(PEERS)/
 CLIENTS := openai anthropic google-genai litellm langchain-openai instructor llm aiperf
 CLIENT_VENVS := .venv-clients
 
-.PHONY: help serve export test test-quick test-busy check unit e2e test-clients $(CLIENTS:%=test-clients-%) soak page sweep fuzz
+.PHONY: help serve export test test-quick test-busy check chromium unit e2e test-clients $(CLIENTS:%=test-clients-%) soak page sweep fuzz
 .PHONY: bench bench-peers bench-served microbench test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
@@ -83,7 +83,7 @@ e2e: $(INSTALLED)
 	$(BIN)/engineshed export --if-missing --recipe tests/data/e2e.toml
 	$(BIN)/pytest tests/e2e
 
-test-quick: $(INSTALLED) $(QUICK)/smollm2-135m-instruct/bundle.json
+test-quick: $(INSTALLED) chromium $(QUICK)/smollm2-135m-instruct/bundle.json
 	TEST_ENGINES=$(QUICK) $(BIN)/pytest tests/e2e tests/page
 
 $(QUICK)/smollm2-135m-instruct/bundle.json: tests/quick_model.py | $(INSTALLED)
@@ -95,13 +95,15 @@ test-busy: $(INSTALLED)
 	@for process in 1 2 3 4; do $(BIN)/python -c 'while True: pass' & busy="$$busy $$!"; done; \
 		trap "kill $$busy" EXIT; $(MAKE) test
 
-# Debian's Chromium, or the one that CHROMIUM names; root gets it installed.
-page: $(INSTALLED)
-	@command -v $${CHROMIUM:-chromium} >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
-		|| { echo "make page needs Chromium: install it (Debian: apt-get install chromium), or set CHROMIUM= to its path" >&2; exit 1; }
+page: $(INSTALLED) chromium
 	$(BIN)/engineshed export --if-missing --recipe tests/data/e2e.toml
 	$(BIN)/pytest tests/page
+
+# Debian's Chromium, or the one that CHROMIUM names; root gets it installed.
+chromium:
+	@command -v $${CHROMIUM:-chromium} >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
+		|| { echo "the tests of the page need Chromium: install it (Debian: apt-get install chromium), or set CHROMIUM= to its path" >&2; exit 1; }
 
 test-clients: $(INSTALLED) $(CLIENTS:%=$(CLIENT_VENVS)/%/.installed)
 	@$(BIN)/engineshed export --if-missing

@@ -1,6 +1,6 @@
 """A stand-in for the default model that answers some ten times as fast: `python -m tests.quick_model FOLDER`.
 
-It has the default model's name, tokenizer, chat template and length, two small layers of random weights, and says any words.
+It has the default model's name, tokenizer, chat template, sampling and length, two small layers of random weights, and says any words.
 With the variable TEST_ENGINES=FOLDER the tests of the server run over it, as on a machine ten times as fast: `make test-quick`.
 """
 
@@ -64,7 +64,8 @@ def main() -> int:
     with TemporaryDirectory() as temporary:
         write_model(Path(temporary) / "model")
         # In four bits, the near ties of random weights would be decided by who shares the batch.
-        recipe = Recipe(MODEL, ModelReference(path=str(Path(temporary) / "model")), (Build("cpu", "fp32"),))
+        reference, sampling = ModelReference(path=str(Path(temporary) / "model")), bundle.read(PUBLISHED / MODEL).sampling
+        recipe = Recipe(MODEL, reference, (Build("cpu", "fp32"),), sampling=sampling)
         tiny.exporting(folder, verify=False).run(recipe)
     print(folder / MODEL)
     return 0

@@ -107,7 +107,8 @@ def test_started_servers_take_turns_and_have_ended_afterwards(tmp_path: Path) ->
     assert whole.results[0].sgemm_share(whole.machine) is not None
     assert whole.results[1].bandwidth_share(whole.machine) is None
     assert {(ratio.what, ratio.against) for ratio in whole.ratios} == {("two", "four")}
-    assert {len(ratio.values) for ratio in whole.ratios} == {3}
+    for ratio in whole.ratios:  # tokens that a quick server sends at once have no time between them
+        assert len(ratio.values) == 3 or (ratio.figure.startswith("ITL") and len(ratio.values) < 3)
     assert not [process for process in psutil.Process().children(recursive=True) if "--context=128" in process.cmdline()]
 
 
