@@ -15,6 +15,9 @@ ENGINES = Path(os.environ.get("TEST_ENGINES") or PUBLISHED).absolute()
 STANDS_IN = ENGINES != PUBLISHED
 """Another model answers under the default model's name."""
 
+MANY_TOKENS = 2000 if STANDS_IN else 400
+"""Of an answer that must not have ended before a test has looked at it."""
+
 
 def real(why: str) -> pytest.MarkDecorator:
     """Skip where another model stands in for the real one, on whose words the test depends as `why` says."""

@@ -9,14 +9,15 @@ from typing import Any
 
 import aiohttp
 
+from tests.default_model import MANY_TOKENS
 from tests.e2e.conftest import serving
 
-BODY = {"prompt": "Once upon a time", "max_tokens": 400, "seed": 1, "ignore_eos": True}
+BODY = {"prompt": "Once upon a time", "max_tokens": MANY_TOKENS, "seed": 1, "ignore_eos": True}
 HEADERS = {"Accept": "application/x-ndjson"}
 
 
 def test_two_workers_share_the_requests_and_the_death_of_one_leaves_the_other() -> None:
-    with serving("--device=cpu,cpu", "--slots=1", "--context=512") as server:
+    with serving("--device=cpu,cpu", "--slots=1", f"--context={MANY_TOKENS + 100}") as server:
         for device in ("cpu#1", "cpu#2"):
             server.wait("engineshed_ready", 1, device=device)
 

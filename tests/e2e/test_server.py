@@ -19,7 +19,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from tests.default_model import ENGINES, MODEL, STANDS_IN, says
+from tests.default_model import ENGINES, MANY_TOKENS, MODEL, STANDS_IN, says
 from tests.e2e.conftest import ROOT, Server, serving
 from tests.waiting import HANGS_SECONDS
 
@@ -52,7 +52,7 @@ def test_the_openai_client_streams_a_chat(client: openai.OpenAI) -> None:
     )
     chunks = list(stream)
     texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-    assert sum(map(bool, texts)) > 3
+    assert sum(map(bool, texts)) > 1  # of a quick engine, several tokens a chunk
     assert "".join(texts) == whole.choices[0].message.content
     assert chunks[-1].usage is not None
     assert whole.usage is not None
@@ -264,7 +264,7 @@ def test_chat_streams_an_answer_and_leaves_when_told(server: Server) -> None:
 def test_ctrl_c_stops_the_answer_and_not_the_chat(server: Server) -> None:
     server.wait(RUNNING, 0)
     finished = server.metric(FINISHED)
-    with Terminal(f"--url={server.url}", "--temperature=0", "--max-tokens=400") as terminal:
+    with Terminal(f"--url={server.url}", "--temperature=0", "--max-tokens=3000") as terminal:
         terminal.until("> ")
         with server.held() as advance:
             terminal.type("Write a very long story about a ship and its crew of a hundred people.\n")
@@ -286,8 +286,8 @@ def test_chat_without_a_server_says_how_to_start_one() -> None:
 
 
 async def test_a_full_queue_refuses_and_a_stopping_server_lets_an_answer_finish() -> None:
-    with serving("--slots=1", "--queue=0", "--context=512", "--drain-seconds=100") as small:
-        body = {"prompt": "Once upon a time", "max_tokens": 400, "seed": 1, "ignore_eos": True}
+    with serving("--slots=1", "--queue=0", f"--context={MANY_TOKENS + 100}", "--drain-seconds=100") as small:
+        body = {"prompt": "Once upon a time", "max_tokens": MANY_TOKENS, "seed": 1, "ignore_eos": True}
         headers = {"Accept": "application/x-ndjson"}
         async with aiohttp.ClientSession(small.url) as http:
             with small.held() as advance:
@@ -303,7 +303,7 @@ async def test_a_full_queue_refuses_and_a_stopping_server_lets_an_answer_finish(
                 small.process.send_signal(signal.SIGTERM)
                 await asyncio.to_thread(small.until, lambda: small.get("/readyz")[0] != 200)
             last = (await running.text()).splitlines()[-1]
-            assert json.loads(last)["usage"]["completion_tokens"] == 400
+            assert json.loads(last)["usage"]["completion_tokens"] == MANY_TOKENS
         assert small.process.wait(HANGS_SECONDS) == 0
 
 
