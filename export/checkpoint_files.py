@@ -5,6 +5,7 @@ files are looked at first, headers and JSON only, and what cannot be loaded as i
 what to do.
 """
 
+import codecs
 import json
 import os
 import re
@@ -62,6 +63,9 @@ class StoredTensor:
     """As the format writes it: F32, BF16, F8_E4M3, U8, ..."""
     shape: tuple[int, ...]
     file: Path
+    start: int = 0
+    """Its first byte, from the file's beginning; 0 where it is pickled."""
+    end: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,10 @@ class CheckpointFiles:
 
     folder: Path
     config: dict[str, Any]
+    weights: tuple[Path, ...]
+    """The files that are loaded, in the order in which transformers takes them."""
     tensors: dict[str, StoredTensor]
-    """Of safetensors files, by name; empty where the weights are pickled."""
+    """By name; of pickled files once `stored_types.quantization` has looked at them."""
 
 
 def examine(folder: Path) -> CheckpointFiles:
@@ -85,25 +91,57 @@ def examine(folder: Path) -> CheckpointFiles:
     config = read_config(folder)
     _check_no_adapter(folder)
     _check_no_kernels(folder / CONFIG, config)
-    return CheckpointFiles(folder, config, {name: tensor for file in _weight_files(folder, config) for name, tensor in file})
+    weights = _weight_files(folder, config)
+    check_no_pointers(*weights)
+    tensors: dict[str, StoredTensor] = {}
+    for path in weights:
+        if path.suffix == ".safetensors":
+            _add(tensors, header(path))
+    return CheckpointFiles(folder, config, weights, tensors)
+
+
+def _add(tensors: dict[str, StoredTensor], more: dict[str, StoredTensor]) -> None:
+    """Take up another file's tensors; raises ExportError where one of them is there already, and is another."""
+    for name, tensor in more.items():
+        known = tensors.get(name)
+        if known is not None and _bytes_of(known) != _bytes_of(tensor):
+            raise ExportError(
+                f"{known.file} and {tensor.file} both hold {name}, and not the same numbers; which of the two is the model's "
+                f"cannot be told, {AGAIN}"
+            )
+    tensors.update(more)
+
+
+def _bytes_of(tensor: StoredTensor) -> tuple[str, tuple[int, ...], bytes]:
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.start)
+        return tensor.dtype, tensor.shape, file.read(tensor.end - tensor.start)
 
 
 def check_contained(folder: Path) -> None:
     """Refuse a file in `folder` that is a link to somewhere else; a hub snapshot's links into its own blobs are meant."""
+    for path in _walk(folder):
+        if path.is_symlink() and not is_within(folder, path):
+            raise ExportError(
+                f"{path} is a link that leads out of the model's folder (to {_target(path)}), so what would be read is not "
+                "part of the model; put the file itself there"
+            )
+
+
+def is_within(folder: Path, path: Path) -> bool:
+    """Whether `path` leads into the model's `folder`, or into the blobs of the hub's cache that the folder is a snapshot of."""
     home = folder.resolve()
     inside = [home]
     if home.parent.name == "snapshots":
         inside.append((home.parent.parent / "blobs").resolve())
-    for path in _walk(folder):
-        try:
-            target = path.resolve()
-        except (OSError, RuntimeError):  # links that lead in a circle
-            target = Path("nowhere")
-        if path.is_symlink() and not any(target.is_relative_to(place) for place in inside):
-            raise ExportError(
-                f"{path} is a link that leads out of the model's folder (to {target}), so what would be read is not part of "
-                "the model; put the file itself there"
-            )
+    return any(_target(path).is_relative_to(place) for place in inside)
+
+
+def _target(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # links that lead in a circle
+        return Path("nowhere")
 
 
 def check_no_pointers(*files: Path) -> None:
@@ -152,7 +190,10 @@ def read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_JSON:
             raise ExportError(f"{path} has {path.stat().st_size >> 20} MiB, which no file of that name needs; {AGAIN}")
-        return json.loads(path.read_bytes())
+        content = path.read_bytes()
+        if content.startswith(codecs.BOM_UTF8):
+            raise ExportError(f"{path} begins with a byte order mark, which JSON has none of; save it as UTF-8 without one")
+        return json.loads(content)
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -175,8 +216,9 @@ def header(path: Path) -> dict[str, StoredTensor]:
         tensors, ends = {}, [0]
         for name, entry in declared.items():
             if name != "__metadata__":
-                tensors[name] = StoredTensor(str(entry["dtype"]), tuple(map(int, entry["shape"])), path)
-                ends.append(int(entry["data_offsets"][1]))
+                start, end = (8 + length + int(offset) for offset in entry["data_offsets"])
+                tensors[name] = StoredTensor(str(entry["dtype"]), tuple(map(int, entry["shape"])), path, start, end)
+                ends.append(end - 8 - length)
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
@@ -243,60 +285,46 @@ def _without_config(folder: Path) -> str:
     return f"{folder} has no {CONFIG} and no GGUF file; a model is a folder with {CONFIG} and weights, or a .gguf file"
 
 
-def _weight_files(folder: Path, config: dict[str, Any]) -> Iterator[Iterator[tuple[str, StoredTensor]]]:
-    """The tensors of each safetensors file that will be loaded."""
+def _weight_files(folder: Path, config: dict[str, Any]) -> tuple[Path, ...]:
+    """The files of weights that transformers loads."""
     named = config.get("transformers_weights")
     if any(_DISTRIBUTED.fullmatch(path.name) for path in folder.glob("shard-*.safetensors")):
         raise ExportError(
             f"{folder} holds a distributed checkpoint, written by a training run; save the model with save_pretrained"
         )
     if isinstance(named, str):
-        yield from _named_weights(folder, named)
-    elif (folder / _SINGLE).exists():
-        yield iter(header(folder / _SINGLE).items())
-    elif (folder / _INDEX).exists():
-        yield from _sharded(folder, _INDEX)
-    elif (folder / _OLD_SINGLE).exists():
-        check_no_pointers(folder / _OLD_SINGLE)
-    elif (folder / _OLD_INDEX).exists():
-        for name in _shards(folder, _OLD_INDEX):
-            check_no_pointers(_inside(folder, name, _OLD_INDEX))
-    else:
-        raise ExportError(_without_weights(folder))
+        return _shards(folder, named) if named.endswith(".index.json") else (_inside(folder, named, CONFIG),)
+    for single, index in ((_SINGLE, _INDEX), (_OLD_SINGLE, _OLD_INDEX)):
+        if (folder / single).exists():
+            return (folder / single,)
+        if (folder / index).exists():
+            return _shards(folder, index)
+    raise ExportError(_without_weights(folder))
 
 
-def _named_weights(folder: Path, name: str) -> Iterator[Iterator[tuple[str, StoredTensor]]]:
-    """Of the file that the configuration names (`transformers_weights`)."""
-    path = _inside(folder, name, CONFIG)
-    check_no_pointers(path)
-    if name.endswith(".index.json"):
-        yield from _sharded(folder, name)
-    elif path.suffix == ".safetensors":
-        yield iter(header(path).items())
-
-
-def _sharded(folder: Path, index: str) -> Iterator[Iterator[tuple[str, StoredTensor]]]:
-    for name in _shards(folder, index):
-        yield iter(header(_inside(folder, name, index)).items())
-
-
-def _shards(folder: Path, index: str) -> list[str]:
+def _shards(folder: Path, index: str) -> tuple[Path, ...]:
     """The files that an index names."""
     content = read_json(folder / index)
     weights = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
         raise ExportError(f"{folder / index} does not say which file holds which weight (weight_map); {AGAIN}")
-    return sorted(set(weights.values()))
+    shards = tuple(_inside(folder, name, index) for name in sorted(set(weights.values())))
+    if not isinstance(content.get("metadata"), dict):
+        raise ExportError(f'{folder / index} has no "metadata", which transformers wants there, if only as {{}}; {AGAIN}')
+    return shards
 
 
 def _inside(folder: Path, name: str, told: str) -> Path:
     """The file `name` of `folder`, as `told` has it; refused where it is not there or lies elsewhere."""
     path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ExportError(f"{folder / told} names weights outside of the model's folder ({name}); {AGAIN}")
-    if not path.is_file():
-        raise ExportError(f"{folder} lacks {name}, which its {told} names; the download is not complete, {AGAIN}")
-    return path
+    try:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not is_within(folder, path):
+            raise ExportError(f"{folder / told} names weights outside of the model's folder ({name}); {AGAIN}")
+        if path.is_file():
+            return path
+    except (OSError, ValueError):  # a name that no file can have
+        pass
+    raise ExportError(f"{folder} lacks {name[:80]}, which its {told} names; the download is not complete, {AGAIN}")
 
 
 def _without_weights(folder: Path) -> str:

@@ -238,16 +238,19 @@ def _unseen(seen: decoder.Survey) -> Iterator[str]:
             f"the model takes its padding token ({seen.padding}) for none at all where it counts positions, so an answer ends "
             "with one; leave it out of prompts"
         )
-    if seen.named_beyond is not None:
+    if seen.named_beyond is not None and seen.named_beyond > seen.max_length:
         yield (
             f"the bundle takes {seen.max_length} tokens: rows longer than that could not be compared here, and the model's "
             f"configuration says that something changes at {seen.named_beyond} (--max-length takes more all the same; more "
             "memory compares more)"
         )
     elif seen.checked_length < seen.max_length:
+        says = "names no length between the two"
+        if seen.named_beyond is not None:
+            says = f"says that something changes at {seen.named_beyond}"
         yield (
             f"rows of more than {seen.checked_length} of {seen.max_length} tokens were not compared, for want of memory; the "
-            "model's configuration names no length between the two"
+            f"model's configuration {says}"
         )
 
 

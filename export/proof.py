@@ -25,6 +25,8 @@ MAX_LONG_PROMPTS = 6
 MIN_AGREEMENT = 0.5
 """Share of greedy tokens below which a quantized variant is taken for broken rather than for coarse."""
 _FAR_SLOTS = 2
+_CHANCE = 0.99
+"""Of the vocabulary's size: the perplexity of a guess, but for rounding."""
 
 
 class Stage(Protocol):
@@ -213,6 +215,7 @@ class Proof:
             if window not in self._references:
                 self._references[window] = verify.reference_perplexity(self.model, tokens, window, stage.part(0, start))
             reference = self._references[window]
+            self._judge_reference(reference, path, stage)
             value = verify.engine_perplexity(engine, tokens, window, share=stage.part(start, 1))
             change = value / reference - 1
             stage.note = f"{value:.3f} against {reference:.3f} in fp32 ({change:+.2%}) over {len(tokens)} tokens of {path.name}"
@@ -226,6 +229,17 @@ class Proof:
                 "contract does not carry. Nothing was published (--no-verify publishes it all the same)"
             )
         return Perplexity(path.name, len(tokens), value, reference)
+
+    def _judge_reference(self, reference: float, path: Path, stage: Stage) -> None:
+        """Remark on a model that knows nothing of text, with which its engine will agree. Raises UnsupportedModel."""
+        doubt = "its weights may be damaged, or others than its configuration describes"
+        if not math.isfinite(reference):
+            raise UnsupportedModel(f"transformers' own perplexity over {path.name} is no finite number: {doubt}")
+        if reference > _CHANCE * self.vocab:
+            stage.notice(
+                f"transformers' own perplexity over {path.name} is {reference:.0f}, no better than guessing among the model's "
+                f"{self.vocab} tokens: {doubt}"
+            )
 
     def _encode(self, text: str, least: int = 2) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text).ids

@@ -27,7 +27,9 @@ from export import (
     hub,
     leftovers,
     library_messages,
+    position_settings,
     sampling,
+    sentence,
     stored_types,
     stored_values,
 )
@@ -39,6 +41,8 @@ from runtime.bundle import Source, Task, sha256
 
 _UNUSED = "pooler."
 """Begins the names of weights behind the hidden states that embeddings are made from; many checkpoints leave them out."""
+_MODULES = (sentence.MODULES, sentence.TRANSFORMER, "*/*.json", "*/*.safetensors")
+"""The files of an embedding model beside those of its transformer."""
 _HUB = "https://huggingface.co"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 BLOCK = 16 << 20
@@ -78,7 +82,7 @@ def fetch(
     elif reference.hub is not None:
         checkpoint = _from_hub(reference, share, trust_remote_code=trust_remote_code)
     else:
-        checkpoint = _from_path(reference, share)
+        checkpoint = _from_path(reference, share, trust_remote_code=trust_remote_code)
     if reference.sha256 is not None and checkpoint.source.sha256 != reference.sha256:
         raise ExportError(
             f"{checkpoint.path} has sha256 {checkpoint.source.sha256}, the recipe wants {reference.sha256}; "
@@ -105,6 +109,9 @@ def load(
         return _load_gguf(checkpoint.path, task, notes, share)
     model: PreTrainedModel
     files = checkpoint_files.examine(checkpoint.folder)
+    position_settings.check(files.config, checkpoint.folder / checkpoint_files.CONFIG)
+    if trust_remote_code:
+        _check_code(checkpoint.folder, files.config)
     scales = stored_types.quantization(files)
     options: dict[str, Any] = {} if scales is None else {"quantization_config": scales}
     heard: list[str] = []
@@ -125,16 +132,16 @@ def load(
                 trust_remote_code=trust_remote_code,
                 **options,
             )
-    except Exception as error:  # transformers raises whatever the file's reader did
+    except (Exception, SystemExit) as error:  # transformers raises whatever the file's reader did, and the code that is trusted
         raise _refusal(checkpoint, files, error, task, heard) from error
     stored_types.widen(model)
     stored_types.check_loaded(model, files)
     left_out = check_whole(model, loaded, files, task, checkpoint.path)
-    restored = stored_values.restore(model, files)
+    changed = [*stored_values.restore(model, files), *stored_values.frequencies(model, files)]
     _check_finite(model, checkpoint.path)
     model.eval()
     if notes is not None:
-        notes += [*left_out, *restored, *(f"transformers: {message}" for message in heard)]
+        notes += [*left_out, *changed, *(f"transformers: {message}" for message in heard)]
     return model
 
 
@@ -150,7 +157,7 @@ def _load_gguf(path: Path, task: Task, notes: list[str] | None, share: Callable[
     return model
 
 
-def _refusal(checkpoint: Checkpoint, files: CheckpointFiles, error: Exception, task: Task, heard: list[str]) -> ExportError:
+def _refusal(checkpoint: Checkpoint, files: CheckpointFiles, error: BaseException, task: Task, heard: list[str]) -> ExportError:
     """What to say of a checkpoint with which transformers raised `error`, after it had warned of what is in `heard`."""
     words = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     whole = " ".join(words.split())
@@ -198,6 +205,18 @@ def _own_code(checkpoint: Checkpoint) -> str:
         f"{checkpoint.source.name} can be loaded only with Python code that comes with it{there} and would run here with all "
         "your rights; nothing of it was run. Read it, and if you trust it give --trust-remote-code"
     )
+
+
+def _check_code(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse code that is to be run and is not there."""
+    named = config.get("auto_map")
+    for value in named.values() if isinstance(named, dict) else ():
+        for name in value if isinstance(value, list) else [value]:
+            if isinstance(name, str) and "--" not in name and not (folder / f"{name.split('.')[0]}.py").is_file():
+                raise ExportError(
+                    f"{folder} lacks {name.split('.')[0]}.py, the model's own code, which its {checkpoint_files.CONFIG} names "
+                    f"({name}); {checkpoint_files.AGAIN}"
+                )
 
 
 def check_whole(
@@ -325,14 +344,14 @@ def _from_hub(reference: ModelReference, share: Callable[[float], None], *, trus
             f"{hub.unreachable(reference, error)}"
         ) from error
     try:
-        checkpoint = _local(folder, reference, share)
+        checkpoint = _local(folder, reference, share, trust_remote_code=trust_remote_code)
     except ExportError as error:  # whoever gave a hub id knows nothing of the cache
         raise type(error)(str(error).replace(str(folder), reference.hub)) from error
     source = Source("hub", reference.hub, revision=folder.name, sha256=checkpoint.source.sha256, license=reference.license)
     return Checkpoint(checkpoint.folder, checkpoint.gguf_file, source)
 
 
-def _from_path(reference: ModelReference, share: Callable[[float], None]) -> Checkpoint:
+def _from_path(reference: ModelReference, share: Callable[[float], None], *, trust_remote_code: bool) -> Checkpoint:
     assert reference.path is not None
     path = Path(reference.path).expanduser()
     if not path.exists():
@@ -340,10 +359,10 @@ def _from_path(reference: ModelReference, share: Callable[[float], None]) -> Che
         raise ExportError(
             f"there is no {path}{_similar(path)}; a model is a folder with config.json, a .gguf file, or a hub id{address}"
         )
-    return _local(path, reference, share)
+    return _local(path, reference, share, trust_remote_code=trust_remote_code)
 
 
-def _local(path: Path, reference: ModelReference, share: Callable[[float], None]) -> Checkpoint:
+def _local(path: Path, reference: ModelReference, share: Callable[[float], None], *, trust_remote_code: bool) -> Checkpoint:
     """The checkpoint in a folder or file that is here."""
     if path.is_dir() and reference.file is not None:
         path = path / reference.file
@@ -361,9 +380,9 @@ def _local(path: Path, reference: ModelReference, share: Callable[[float], None]
         digests = _digests(list(parts), share)
         digest = digests[0] if len(digests) == 1 else _over(digests)
         return Checkpoint(path.parent, parts[0].name, Source("gguf", parts[0].name, sha256=digest, license=reference.license))
-    checkpoint_files.examine(path)  # before what may be many gigabytes is hashed
-    name = path.resolve().name
-    return Checkpoint(path, None, Source("folder", name, sha256=_weights_digest(path, share), license=reference.license))
+    files = checkpoint_files.examine(path)  # before what may be many gigabytes is hashed
+    digest = _over(_digests(_deciding(files, code=trust_remote_code), share))
+    return Checkpoint(path, None, Source("folder", path.resolve().name, sha256=digest, license=reference.license))
 
 
 def _only_gguf(folder: Path) -> Path:
@@ -385,10 +404,11 @@ def _only_gguf(folder: Path) -> Path:
     return gguf_parts.found(folder / ggufs[0])[0]
 
 
-def _weights_digest(folder: Path, share: Callable[[float], None]) -> str | None:
-    """The digest over the hashes of the folder's configuration and weight files in name order; None without weights."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    return _over(_digests(sorted([*files, folder / "config.json"]), share)) if files else None
+def _deciding(files: CheckpointFiles, *, code: bool) -> list[Path]:
+    """The files that decide what the model computes: configuration, weights, an embedding model's modules, code that is run."""
+    patterns = [*(_MODULES if (files.folder / sentence.MODULES).exists() else ()), *(["**/*.py"] if code else [])]
+    more = sorted({path for pattern in patterns for path in files.folder.glob(pattern) if path.is_file()})
+    return [files.folder / checkpoint_files.CONFIG, *files.weights, *more]
 
 
 def _over(digests: list[str]) -> str:

@@ -34,7 +34,7 @@ class Survey:
     checked_length: int = 0
     """Tokens of the longest row whose steps were compared with the model's own pass."""
     named_beyond: int | None = None
-    """A length of the configuration that could not be compared, which is why `max_length` ends before it."""
+    """A length of the configuration that could not be compared; `max_length` ends before it unless more was asked for."""
     padding: int | None = None
     """The token that the model takes for padding wherever it stands, and does not count in the positions that follow it."""
 

@@ -52,6 +52,8 @@ SCALES = re.compile(
 )
 """Ends the names of what makes numbers of codes."""
 _BLOCK_TYPES = ("F8_", "F4", "F6", "I4", "U4")
+_CODE_TYPES = (*_BLOCK_TYPES, "I8", "U8", "int8", "uint8")
+"""Begins the names of types that the applied methods store codes in."""
 
 
 def quantization(files: CheckpointFiles) -> QuantizationConfigMixin | None:
@@ -67,11 +69,18 @@ def quantization(files: CheckpointFiles) -> QuantizationConfigMixin | None:
     if not claims:
         _check_declared(files)
         return None
-    _, method, content, _ = claims[0]
+    place, method, content, _ = claims[0]
     if method == "fp8":
-        _check_blocks(files, content)
-    made: QuantizationConfigMixin = APPLIED[method].from_dict({**content, "dequantize": True})
+        _check_blocks(files, content, place)
+    try:
+        made: QuantizationConfigMixin = APPLIED[method].from_dict({**content, "dequantize": True})
+    except Exception as error:  # whatever an entry that is none makes of it
+        raise ExportError(_unreadable(files, place, error)) from error
     return made
+
+
+def _unreadable(files: CheckpointFiles, place: str, error: object) -> str:
+    return f"{files.folder}: {place} is none that transformers can read ({error}); {AGAIN}"
 
 
 def _claims(files: CheckpointFiles) -> Iterator[tuple[str, str, dict[str, Any], bool]]:
@@ -154,14 +163,17 @@ def widen(model: torch.nn.Module) -> None:
 def check_loaded(model: torch.nn.Module, files: CheckpointFiles) -> None:
     """Refuse weights of `model` that are not numbers, and stored codes that were loaded as if they were. Raises ExportError."""
     state = dict(model.state_dict())
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in (*model.named_parameters(), *state.items()):
-        if tensor.dtype not in (torch.float32, torch.float64) and (tensor.is_floating_point() or name not in state):
+        if tensor.dtype not in (torch.float32, torch.float64) and (tensor.is_floating_point() or name in parameters):
             raise ExportError(_unscaled(files, name, str(tensor.dtype).removeprefix("torch.")))
     counts = {name for name, tensor in state.items() if not tensor.is_floating_point()}
-    if getattr(model, "hf_quantizer", None) is None and not any(True for _ in _claims(files)):
-        for name, stored in files.tensors.items():
-            if stored.dtype not in FLOATS and not _known(name, counts) and _known(name, state.keys() - counts):
-                raise ExportError(_codes(files, name, stored.dtype))
+    applied = _CODE_TYPES if getattr(model, "hf_quantizer", None) is not None or any(True for _ in _claims(files)) else ()
+    for name, stored in files.tensors.items():
+        if stored.dtype in FLOATS or stored.dtype.startswith(tuple(applied)) or _known(name, counts):
+            continue
+        if _known(name, state.keys() - counts):
+            raise ExportError(_codes(files, name, stored.dtype))
 
 
 def _unscaled(files: CheckpointFiles, name: str, dtype: str) -> str:
@@ -175,14 +187,16 @@ def _known(name: str, names: Any) -> bool:
     return name in names or any(other.endswith("." + name) or name.endswith("." + other) for other in names)
 
 
-def _check_blocks(files: CheckpointFiles, content: dict[str, Any]) -> None:
+def _check_blocks(files: CheckpointFiles, content: dict[str, Any], place: str) -> None:
     """Refuse float8 weights without a scale, and blocks that transformers would cut at other places than they were made.
 
     It divides a matrix evenly by its scales, so the last block must be whole: 200 rows in blocks of 128 have two scales, for
     128 and 72 rows, of which it makes 100 and 100.
     """
     size = content.get("weight_block_size")
-    block = tuple(map(int, size)) if isinstance(size, list | tuple) and len(size) == 2 else None
+    block = tuple(size) if isinstance(size, list | tuple) and len(size) == 2 else None
+    if block is not None and not all(type(side) is int and side > 0 for side in block):
+        raise ExportError(_unreadable(files, place, f"weight_block_size {size!r}"))
     for name, tensor in files.tensors.items():
         if not tensor.dtype.startswith(_BLOCK_TYPES) and not (tensor.dtype in ("I8", "U8") and name.endswith("weight")):
             continue
@@ -223,29 +237,24 @@ def _divides(tensor: StoredTensor, scale: StoredTensor, block: tuple[int, ...] |
 
 def _check_pickled(files: CheckpointFiles) -> None:
     """Look at the types of weights that are pickled, as far as that runs no code. Raises ExportError."""
-    if files.tensors:
-        return
-    for path in sorted(files.folder.glob("pytorch_model*.bin")):
+    for path in (path for path in files.weights if path.suffix != ".safetensors"):
         try:
             stored = torch.load(path, map_location="meta", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ExportError(_more_than_weights(path, error)) from error
         except Exception as error:  # torch raises whatever reading the archive did
             raise ExportError(f"{path} is damaged or cut off; {AGAIN}") from error
-        for name, tensor in stored.items() if isinstance(stored, dict) else ():
-            if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                files.tensors[name] = StoredTensor(dtype, tuple(tensor.shape), path)
-        files.tensors.update(_floats(stored, path) if isinstance(stored, dict) else {})
+        if not isinstance(stored, dict):
+            raise ExportError(f"{path} holds a {type(stored).__name__} in the place of weights by their names; {AGAIN}")
+        for name, tensor in stored.items():
+            if isinstance(tensor, torch.Tensor):
+                files.tensors[str(name)] = StoredTensor(_stored_type(tensor.dtype), tuple(tensor.shape), path)
 
 
-def _floats(stored: dict[str, Any], path: Path) -> dict[str, StoredTensor]:
-    types = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    return {
-        name: StoredTensor(types.get(tensor.dtype, "F8_" + str(tensor.dtype)), tuple(tensor.shape), path)
-        for name, tensor in stored.items()
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-    }
+def _stored_type(dtype: torch.dtype) -> str:
+    """The name of `dtype` as safetensors writes it."""
+    named = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    return named.get(dtype) or ("F8_" if dtype.is_floating_point else "") + str(dtype).removeprefix("torch.")
 
 
 def _more_than_weights(path: Path, error: Exception) -> str:

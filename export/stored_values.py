@@ -5,7 +5,7 @@ token's row of the embeddings set to zero, in Youtu) leaves another model than t
 compared with that one, and agree with it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,7 +13,10 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from export.checkpoint_files import FLOATS, CheckpointFiles
+from export.checkpoint_files import CONFIG, FLOATS, CheckpointFiles
+
+_ROUNDED = 0.01
+"""By which frequencies that were stored in 16 bits may differ."""
 
 
 def restore(model: PreTrainedModel, files: CheckpointFiles) -> list[str]:
@@ -49,14 +52,29 @@ def _stored(
         if name in weights and pattern is None and tensor.dtype in FLOATS:
             by_file.setdefault(tensor.file, []).append((key, name))
     for file, pairs in by_file.items():
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                for key, name in pairs:
-                    yield name, opened.get_tensor(key)
-        else:
-            pickled = torch.load(file, map_location="cpu", weights_only=True, mmap=_can_be_mapped(file))
-            for key, name in pairs:
-                yield name, pickled[key]
+        read = _reader(file)
+        for key, name in pairs:
+            yield name, read(key)
+
+
+def frequencies(model: PreTrainedModel, files: CheckpointFiles) -> list[str]:
+    """A line where rotary frequencies are stored, as older versions of transformers did, that are none of the model's."""
+    computed = [buffer.flatten() for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
+    for key, tensor in files.tensors.items():
+        if key.endswith("inv_freq") and tensor.dtype in FLOATS and computed:
+            stored = _reader(tensor.file)(key).flatten().float()
+            if not any(len(other) == len(stored) and torch.allclose(stored, other, rtol=_ROUNDED) for other in computed):
+                return [f"{key} holds other rotary frequencies than those of {CONFIG}, which transformers and the engine use"]
+    return []
+
+
+def _reader(file: Path) -> Callable[[str], torch.Tensor]:
+    """Gives a tensor of the file by its name."""
+    if file.suffix == ".safetensors":
+        get: Callable[[str], torch.Tensor] = safe_open(file, framework="pt").get_tensor
+        return get
+    pickled: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=_can_be_mapped(file))
+    return pickled.__getitem__
 
 
 def _can_be_mapped(path: Path) -> bool:

@@ -74,7 +74,7 @@ def survey(model: PreTrainedModel, longest: int | None = None) -> Survey:
         counted = StepModule(model, kept).logits(padded[None], SlotCache(Step(places[None], length, places, length)))
         if not difference(counted, padded_plain) <= TOLERANCE:
             kept = replace(kept, padding=int(model.config.get_text_config(decoder=True).pad_token_id))
-    return kept if longest is not None else _within_what_was_compared(model, kept)
+    return _within_what_was_compared(model, kept, asked=longest is not None)
 
 
 def _padded(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor | None:
@@ -90,14 +90,26 @@ def _padded(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor | None
 def _limit(model: PreTrainedModel, tables: dict[str, int], asked: int | None) -> int:
     """Positions that rows may have: those `asked` for, else what the configuration says, and no more than there are."""
     config = model.config.get_text_config(decoder=True)
-    named = next((length for name in _LIMITS if isinstance(length := getattr(config, name, None), int)), None)
+    names = ((name, length) for name in _LIMITS if isinstance(length := getattr(config, name, None), int))
+    name, named = next(names, ("", None))
+    if named is not None and named < 1:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has {named} positions by its config.json ({name}); the number that it was made for "
+            "belongs there"
+        )
     ends = [*_table_ends(model, tables), *([int(named)] if named else [])]
     if asked is not None and asked > min(ends, default=asked):
         raise UnsupportedModel(
             f"{type(model).__name__} was made for {min(ends)} positions; --max-length {asked} is more. Where its authors say "
             "how to reach further, put that into its config.json first"
         )
-    return asked or min(ends, default=UNKNOWN_LENGTH)
+    limit = asked or min(ends, default=UNKNOWN_LENGTH)
+    if limit < MIN_LENGTH:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has {limit} positions, fewer than an engine is verified with ({MIN_LENGTH}); if it was "
+            "made for more, its config.json has to say so"
+        )
+    return limit
 
 
 def _table_ends(model: PreTrainedModel, tables: dict[str, int]) -> list[int]:
@@ -105,12 +117,14 @@ def _table_ends(model: PreTrainedModel, tables: dict[str, int]) -> list[int]:
     return [int(operator.attrgetter(name)(model).shape[0]) - offset for name, offset in tables.items()]
 
 
-def _within_what_was_compared(model: PreTrainedModel, seen: Survey) -> Survey:
-    """`seen`, which takes no row past a length of the configuration that could not be looked at here."""
+def _within_what_was_compared(model: PreTrainedModel, seen: Survey, *, asked: bool) -> Survey:
+    """`seen`, which takes no row past a length of the configuration that could not be looked at here, unless so `asked`."""
     named = positions.configured_lengths(model.config.get_text_config(decoder=True), seen.max_length)
     beyond = [length for length in named if length > seen.checked_length]
     if not beyond:
         return seen
+    if asked:
+        return replace(seen, named_beyond=beyond[0])
     if seen.checked_length < MIN_LENGTH:
         raise UnsupportedModel(
             f"{type(model).__name__} cannot be compared with its own pass in long rows here, and its configuration names "

@@ -163,7 +163,7 @@ def engine_perplexity(
             _, logprobs = engine.step(Batch(0, ids[None], end, rows, Draw.force(targets), whole))
             total, count = total - float(logprobs.sum()), count + len(targets)
             share((start + at + len(ids)) / len(tokens))
-    return math.exp(total / count)
+    return _exp(total / count)
 
 
 @torch.no_grad()
@@ -179,4 +179,11 @@ def reference_perplexity(
             total += float(torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="sum"))
             count += part.shape[1] - 1
             share(min(start + window, len(tokens)) / len(tokens))
-    return math.exp(total / count)
+    return _exp(total / count)
+
+
+def _exp(power: float) -> float:
+    try:
+        return math.exp(power)
+    except OverflowError:
+        return math.inf

@@ -216,6 +216,35 @@ def test_given_a_bundle_of_other_weights_when_exported_then_its_variants_are_not
     assert not (published / "cpu-fp32").exists()
 
 
+def test_given_other_weights_in_a_folder_below_when_exported_then_variants_are_not_kept(published: Path, model: Path) -> None:
+    (model / "parts").mkdir()
+    names = list(safetensors.torch.load_file(model / "model.safetensors"))
+    (model / "model.safetensors").rename(model / "parts" / "m.safetensors")
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "parts/m.safetensors")})
+    )
+    (model / "training_args.bin").write_bytes(b"no weights")
+    tiny.exporting(published.parent, verify=False).run(tiny.recipe(model, INT8))
+    assert "cpu-fp32" in bundle.read(published).by_name, "the same weights, in another place"
+    stored = safetensors.torch.load_file(model / "parts" / "m.safetensors")
+    stored["model.norm.weight"] *= 1.5
+    safetensors.torch.save_file(stored, model / "parts" / "m.safetensors", {"format": "pt"})
+    tiny.exporting(published.parent, verify=False).run(tiny.recipe(model, INT8))
+    assert list(bundle.read(published).by_name) == ["cpu-int8"]
+
+
+def test_given_a_model_with_code_when_it_is_trusted_then_it_is_another_source(tmp_path: Path, model: Path) -> None:
+    def digest(*, trusted: bool) -> str | None:
+        return source.fetch(ModelReference(path=str(model)), tmp_path, trust_remote_code=trusted).source.sha256
+
+    without = digest(trusted=False)
+    (model / "modeling_mine.py").write_text("")
+    assert digest(trusted=False) == without
+    first = digest(trusted=True)
+    (model / "modeling_mine.py").write_text("x = 1")
+    assert len({without, first, digest(trusted=True)}) == 3
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), ("rms_norm_eps", 1e-3)]
 )

@@ -3,15 +3,17 @@
 import copy
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from export import decoder, far, positions, verify
+from export import decoder, far, pipeline, positions, verify
 from export.errors import UnsupportedModel
 from export.step import StepModule
 from runtime import bundle
@@ -94,7 +96,12 @@ def test_a_length_of_the_configuration_that_could_not_be_compared_ends_the_rows_
     families.randomize(model, "ministral3")
     seen = decoder.survey(copy.deepcopy(model))
     assert (seen.checked_length, seen.max_length, seen.named_beyond) == (77, 77, 200)
-    assert decoder.survey(model, 256).max_length == 256  # who says so takes it
+    asked = decoder.survey(model, 256)  # who says so takes it
+    assert (asked.max_length, asked.named_beyond) == (256, 200)
+    assert list(pipeline._unseen(asked)) == [
+        "rows of more than 77 of 256 tokens were not compared, for want of memory; the model's configuration says that "
+        "something changes at 200"
+    ]
 
 
 def test_only_as_many_layers_are_looked_at_as_show_every_kind() -> None:
@@ -210,6 +217,31 @@ def test_given_a_length_when_exported_then_the_bundle_has_it_and_no_more(tmp_pat
     assert manifest.max_length == 100
     assert manifest.variants[0].verification is not None
     assert manifest.variants[0].verification.longest == 100
+
+
+@pytest.mark.parametrize(
+    ("positions", "sentence"),
+    [(-5, "has -5 positions by its config.json (max_position_embeddings)"), (7, "has 7 positions, fewer than an engine is")],
+)
+def test_a_number_of_positions_with_which_nothing_can_be_compared_is_refused(positions: int, sentence: str) -> None:
+    model = families.model("llama")
+    model.config.max_position_embeddings = positions
+    with pytest.raises(UnsupportedModel) as error:
+        decoder.survey(model)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(("scale", "said"), [(0.0, "no better than guessing among the model's 512 tokens"), (1e4, "no finite")])
+def test_a_model_that_knows_nothing_of_text_is_remarked_on(tmp_path: Path, tiny_model: Path, scale: float, said: str) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    stored["model.norm.weight"] *= scale
+    safetensors.torch.save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    heard = tiny.Silent()
+    export = tiny.exporting(tmp_path / "engines", text=tiny.TEXT, progress=heard)
+    with nullcontext() if scale == 0 else pytest.raises(UnsupportedModel, match=said):
+        export.run(tiny.recipe(folder, tiny.BUILDS[0]))
+    assert scale or any(said in notice for notice in heard.notices)
 
 
 def test_given_a_perplexity_beyond_rounding_when_proved_then_nothing_is_published(

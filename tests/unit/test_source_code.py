@@ -294,6 +294,23 @@ def test_given_an_index_that_names_a_file_elsewhere_when_loaded_then_it_is_refus
     assert f"names weights outside of the model's folder ({where})" in refused(model)
 
 
+@pytest.mark.parametrize("told", ["index", "configuration"])
+def test_given_a_hidden_link_out_of_the_folder_for_weights_when_loaded_then_it_is_refused(
+    tmp_path: Path, model: Path, told: str
+) -> None:
+    tensors = safetensors.torch.load_file(model / "model.safetensors")
+    (model / "model.safetensors").rename(tmp_path / "other.safetensors")
+    (model / ".w").mkdir()
+    (model / ".w" / "m.safetensors").symlink_to(tmp_path / "other.safetensors")
+    if told == "index":
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, ".w/m.safetensors")}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"transformers_weights": ".w/m.safetensors"}))
+    assert "names weights outside of the model's folder (.w/m.safetensors)" in refused(model)
+
+
 def test_given_weights_that_the_configuration_names_elsewhere_when_loaded_then_it_is_refused(
     tmp_path: Path, model: Path
 ) -> None:

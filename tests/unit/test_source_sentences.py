@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import (
     Mistral3Config,
@@ -81,7 +82,7 @@ def test_given_a_git_lfs_pointer_for_weights_of_another_form_when_fetched_then_i
     (model / "model.safetensors").unlink()
     (model / name).write_text(POINTER)
     if index is not None:
-        (model / index).write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+        (model / index).write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": name}}))
     if kind == "named":
         configure(model, transformers_weights=name)
     assert f"{model / name} is a git-lfs pointer" in refused(model)
@@ -450,3 +451,46 @@ def test_given_an_unsupported_model_when_refused_then_no_librarys_advice_is_in_i
     said = refused(model)
     assert "pip install" not in said
     assert "If you" not in said
+
+
+# Files that libraries stumble over -----------------------------------------------------------------------------------------
+
+
+def test_given_a_configuration_with_a_byte_order_mark_when_loaded_then_it_is_told(model: Path) -> None:
+    content = (model / "config.json").read_bytes()
+    (model / "config.json").write_bytes(b"\xef\xbb\xbf" + content)
+    assert f"{model / 'config.json'} begins with a byte order mark" in refused(model)
+
+
+def test_given_an_index_without_metadata_when_loaded_then_it_is_told(model: Path) -> None:
+    names = list(safetensors.torch.load_file(model / "model.safetensors"))
+    (model / "model.safetensors").rename(model / "m.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "m.safetensors")}))
+    assert 'has no "metadata"' in refused(model)
+
+
+def test_given_an_index_with_a_name_that_no_file_can_have_when_loaded_then_it_is_one_sentence(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"a": "x" * 300}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"lacks {'x' * 80}, which its model.safetensors.index.json names" in refused(model)
+
+
+def test_given_a_contradiction_of_positions_when_loaded_then_both_entries_are_told(model: Path) -> None:
+    configure(model, rope_theta=123.0)
+    assert "config.json contradicts itself: rope_parameters.rope_theta is 10000.0, and rope_theta is 123.0" in refused(model)
+
+
+@pytest.mark.parametrize("code", [None, "raise SystemExit('gone')", "import nowhere_at_all"])
+def test_given_code_that_is_trusted_and_does_not_do_when_loaded_then_it_is_one_sentence(model: Path, code: str | None) -> None:
+    configure(model, auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
+    if code is not None:
+        (model / "modeling_mine.py").write_text(code)
+    checkpoint = source.fetch(ModelReference(path=str(model)), Path("cache"), trust_remote_code=True)
+    with pytest.raises(ExportError) as error:
+        source.load(checkpoint, trust_remote_code=True)
+    expected = {None: "lacks modeling_mine.py, the model's own code", "raise SystemExit('gone')": "gone"}.get(
+        code, "nowhere_at_all"
+    )
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)

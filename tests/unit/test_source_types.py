@@ -238,6 +238,76 @@ def test_given_pickled_numbers_when_loaded_then_they_are_the_models(model: Path)
     assert torch.equal(load(model).state_dict()[UP], tensors[UP])
 
 
+def pickled_shard(model: Path, name: str, content: object) -> None:
+    """Let an index name the file `name` of pickled weights for all of them."""
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights(model), name)}
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    torch.save(content, model / name)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_given_pickled_codes_in_a_file_of_any_name_when_loaded_then_the_weight_is_named(
+    model: Path, dtype: torch.dtype
+) -> None:
+    tensors = weights(model)
+    pickled_shard(model, "part-1.bin", tensors | {UP: tensors[UP].to(dtype)})
+    assert f"stores {UP} as" in refused(model)
+
+
+def test_given_a_pickle_that_is_no_table_of_weights_when_loaded_then_it_is_refused(model: Path) -> None:
+    pickled_shard(model, "part-1.bin", [1, 2])
+    assert f"{model / 'part-1.bin'} holds a list in the place of weights by their names" in refused(model)
+
+
+def test_given_pickled_files_that_are_not_loaded_when_loaded_then_they_do_not_matter(model: Path) -> None:
+    (model / "pytorch_model_old.bin").write_text("something else")
+    tensors = weights(model)
+    pickled_shard(model, "part-1.bin", tensors)
+    assert torch.equal(load(model).state_dict()[UP], tensors[UP])
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_given_a_weight_in_two_shards_when_loaded_then_it_is_one_or_refused(model: Path, same: bool) -> None:
+    tensors = weights(model)
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    other = tensors[UP] if same else torch.zeros_like(tensors[UP])
+    rest = tensors.pop("model.norm.weight")
+    safetensors.torch.save_file(tensors, model / names[0], {"format": "pt"})
+    safetensors.torch.save_file({UP: other, "model.norm.weight": rest}, model / names[1], {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, names[0]) | {"model.norm.weight": names[1]}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model.safetensors").unlink()
+    if same:
+        assert torch.equal(load(model).state_dict()[UP], tensors[UP])
+    else:
+        assert f"{model / names[0]} and {model / names[1]} both hold {UP}, and not the same numbers" in refused(model)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("model.norm.weight", torch.int32), (UP, torch.int16)])
+def test_given_integers_beside_a_quantization_that_is_applied_when_loaded_then_they_are_refused(
+    model: Path, name: str, dtype: torch.dtype
+) -> None:
+    configure(model, quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]})
+    change(model, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    assert f"stores {name} as" in refused(model)
+
+
+@pytest.mark.parametrize(
+    ("entries", "sentence"),
+    [
+        ({"weight_block_size": ["a", "b"]}, "quantization_config in config.json is none that transformers can read"),
+        ({"weight_block_size": [0, 64]}, "is none that transformers can read (weight_block_size [0, 64])"),
+        ({"activation_scheme": "foo"}, "is none that transformers can read"),
+    ],
+)
+def test_given_a_quantization_config_with_nonsense_when_loaded_then_it_is_one_sentence(
+    model: Path, entries: dict[str, Any], sentence: str
+) -> None:
+    configure(model, quantization_config={"quant_method": "fp8", **entries})
+    assert sentence in refused(model)
+
+
 # Quantizations that nobody applies ----------------------------------------------------------------------------------------
 
 
@@ -316,13 +386,34 @@ def test_given_a_weight_without_a_place_when_loaded_then_it_is_named(model: Path
 
 @pytest.mark.parametrize(
     "name",
-    ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.1.attn.masked_bias", "model.embeddings.position_ids"],
+    ["model.layers.1.attn.masked_bias", "model.embeddings.position_ids"],
 )
 def test_given_a_table_that_models_compute_when_loaded_then_it_is_left_silently(model: Path, name: str) -> None:
     change(model, lambda tensors: tensors.update({name: torch.ones(4)}))
     notes: list[str] = []
     load(model, notes)
     assert notes == []
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickled"])
+def test_given_rotary_frequencies_that_are_stored_when_loaded_then_others_than_the_models_are_told(
+    model: Path, form: str
+) -> None:
+    name, notes = "model.layers.0.self_attn.rotary_emb.inv_freq", list[str]()
+    right = load(model).get_buffer("model.rotary_emb.inv_freq").to(torch.bfloat16)
+    for frequencies in (right, right * 2):
+        stored = {**weights(model), name: frequencies.clone()}
+        safetensors.torch.save_file(stored, model / "model.safetensors", {"format": "pt"})
+        if form == "pickled":
+            torch.save(weights(model), model / "pytorch_model.bin")
+            (model / "model.safetensors").rename(model.parent / "kept")
+        notes.clear()
+        load(model, notes)
+        expected = [f"{name} holds other rotary frequencies than those of config.json, which transformers and the engine use"]
+        assert notes == ([] if frequencies is right else expected)
+        if form == "pickled":
+            (model.parent / "kept").rename(model / "model.safetensors")
+            (model / "pytorch_model.bin").unlink()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""What config.json says of positions twice, and differently, is refused; older names and other places of the same are not."""
+
+from typing import Any
+
+import pytest
+
+from export import position_settings
+from export.errors import ExportError
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            {"rope_scaling": YARN, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+            "rope_scaling.rope_type is 'yarn', and rope_parameters.rope_type is 'linear'",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+            "rope_scaling.factor is 2.0, and rope_parameters.factor is 4.0",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 4.0}},
+            "rope_scaling.type is 'linear', and rope_scaling.rope_type is 'default'",
+        ),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 64},
+            "rope_scaling.original_max_position_embeddings is 128, and original_max_position_embeddings is 64",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 5e5},
+            "rope_parameters.rope_theta is 10000.0, and rope_theta is 500000.0",
+        ),
+        (
+            {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 5e5}},
+            "text_config.rope_parameters.rope_theta is 10000.0, and text_config.rope_theta is 500000.0",
+        ),
+    ],
+)
+def test_what_contradicts_itself_is_refused_with_both_entries(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(ExportError) as error:
+        position_settings.check(config, "config.json")
+    assert str(error.value).startswith(f"config.json contradicts itself: {said}; ")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"rope_scaling": None, "rope_theta": 1e4},
+        {"rope_scaling": {"type": "su", "rope_type": "longrope"}, "original_max_position_embeddings": 4096},
+        {"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [1, 2]}},
+        {"rope_scaling": YARN, "rope_parameters": {**YARN, "rope_theta": 1e4}, "rope_theta": 1e4},
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}, "rope_theta": 1e4},
+    ],
+)
+def test_what_says_one_thing_is_taken(config: dict[str, Any]) -> None:
+    position_settings.check(config, "config.json")
