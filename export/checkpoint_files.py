@@ -10,7 +10,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -285,33 +285,43 @@ def _without_config(folder: Path) -> str:
     return f"{folder} has no {CONFIG} and no GGUF file; a model is a folder with {CONFIG} and weights, or a .gguf file"
 
 
+def weight_names(folder: Path, config: dict[str, Any], has: Callable[[str], bool]) -> tuple[list[str], str]:
+    """The names of the files of weights that transformers loads, and that of the file that tells them.
+
+    `has` says whether the model has a file; what tells of others must be in `folder`. Raises ExportError.
+    """
+    named = config.get("transformers_weights")
+    if isinstance(named, str):
+        return (_shards(folder, named), named) if named.endswith(".index.json") else ([named], CONFIG)
+    for single, index in ((_SINGLE, _INDEX), (_OLD_SINGLE, _OLD_INDEX)):
+        if has(single):
+            return [single], CONFIG
+        if has(index):
+            return _shards(folder, index), index
+    return [], CONFIG
+
+
 def _weight_files(folder: Path, config: dict[str, Any]) -> tuple[Path, ...]:
     """The files of weights that transformers loads."""
-    named = config.get("transformers_weights")
     if any(_DISTRIBUTED.fullmatch(path.name) for path in folder.glob("shard-*.safetensors")):
         raise ExportError(
             f"{folder} holds a distributed checkpoint, written by a training run; save the model with save_pretrained"
         )
-    if isinstance(named, str):
-        return _shards(folder, named) if named.endswith(".index.json") else (_inside(folder, named, CONFIG),)
-    for single, index in ((_SINGLE, _INDEX), (_OLD_SINGLE, _OLD_INDEX)):
-        if (folder / single).exists():
-            return (folder / single,)
-        if (folder / index).exists():
-            return _shards(folder, index)
-    raise ExportError(_without_weights(folder))
+    names, told = weight_names(folder, config, lambda name: (folder / name).exists())
+    if not names:
+        raise ExportError(_without_weights(folder))
+    return tuple(_inside(folder, name, told) for name in names)
 
 
-def _shards(folder: Path, index: str) -> tuple[Path, ...]:
-    """The files that an index names."""
-    content = read_json(folder / index)
+def _shards(folder: Path, index: str) -> list[str]:
+    """The names of the files that an index names."""
+    content = read_json(_inside(folder, index, CONFIG))
     weights = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
         raise ExportError(f"{folder / index} does not say which file holds which weight (weight_map); {AGAIN}")
-    shards = tuple(_inside(folder, name, index) for name in sorted(set(weights.values())))
     if not isinstance(content.get("metadata"), dict):
         raise ExportError(f'{folder / index} has no "metadata", which transformers wants there, if only as {{}}; {AGAIN}')
-    return shards
+    return sorted(set(weights.values()))
 
 
 def _inside(folder: Path, name: str, told: str) -> Path:

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
@@ -14,16 +15,16 @@ from huggingface_hub.errors import (
 )
 
 from export import gguf_parts
-from export.checkpoint_files import CONFIG
+from export.checkpoint_files import CONFIG, read_config, weight_names
 from export.errors import ExportError
 from export.library_messages import in_few_words
 from export.recipe import ModelReference
+from export.sentence import MODULES
 
 TIMEOUT_SECONDS = 10.0
 """How long the hub may take to say what a repository holds."""
-_FILES = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.txt", "*.tiktoken", "LICENSE*")
-_SAFETENSORS = frozenset({"model.safetensors", "model.safetensors.index.json"})
-"""What transformers looks for before pickled weights."""
+_TEXTS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*")
+_WEIGHTS = "*.safetensors"
 _PICKLED = "pytorch_model*.bin"
 _CODE = "*.py"
 _ELSEWHERE = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".safetensors")
@@ -46,17 +47,25 @@ def listing(reference: ModelReference) -> tuple[str, ...] | None:
 
 
 def patterns(reference: ModelReference, names: Sequence[str] | None, *, trust_remote_code: bool) -> list[str]:
-    """The files to fetch, of those called `names`: the GGUF that is named, else configuration, text and weights.
+    """The files to fetch first, of those called `names`: the GGUF that is named, else all but the weights (see `weights`).
 
-    Pickled weights are among them only where transformers would take no safetensors. Raises ExportError where all of them make
-    no model.
+    Where the hub does not tell the names, weights are among them. Raises ExportError where all of them make no model.
     """
     if names is not None:
         _check(reference, names)
     if reference.file is not None:
         return list(gguf_parts.names(reference.file))
-    pickled = names is not None and not _SAFETENSORS.intersection(names)
-    return [*_FILES, *([_PICKLED] if pickled else []), *([_CODE] if trust_remote_code else [])]
+    return [*_TEXTS, *([_WEIGHTS] if names is None else []), *([_CODE] if trust_remote_code else [])]
+
+
+def weights(folder: Path, names: Sequence[str]) -> list[str]:
+    """The files of weights to fetch, of those called `names`, by what is in `folder` already. Raises ExportError.
+
+    What transformers loads, and what stands behind it in an embedding model; not the same again in its authors' own format.
+    """
+    loaded, _ = weight_names(folder, read_config(folder), names.__contains__)
+    behind = [name for name in names if name.count("/") == 1 and name.endswith("/model.safetensors")]
+    return [*loaded, *(behind if MODULES in names else [])]
 
 
 def unreachable(reference: ModelReference, error: Exception) -> str:

@@ -39,6 +39,13 @@ class RotaryByRow(torch.nn.Module):
         self._boundaries = {kind: _original_length(rotary, kind) for kind in _kinds(rotary, "longrope")}
         self.short, self.long = _with_factors(rotary, long=False), _with_factors(rotary, long=True)
 
+    def __getattr__(self, name: str) -> Any:
+        """What the model reads of the module that stood here, as its configuration."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("rotary"), name)
+
     @property
     def boundaries(self) -> tuple[int, ...]:
         """The lengths past which other factors are in force."""
@@ -131,4 +138,6 @@ def _frequencies(rotary: Any) -> Iterator[tuple[str | None, str]]:
 
 def _choose(past: torch.Tensor, long: torch.Tensor, short: torch.Tensor) -> torch.Tensor:
     """`long` where `past` [batch, seq], else `short`; both [batch, seq, ...]."""
+    if short.is_complex():  # of which ONNX knows no choice
+        return torch.view_as_complex(_choose(past, torch.view_as_real(long), torch.view_as_real(short)))
     return torch.where(past.reshape(*past.shape, *[1] * (long.dim() - 2)), long, short)

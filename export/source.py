@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -332,8 +333,13 @@ def _similar(path: Path) -> str:
 def _from_hub(reference: ModelReference, share: Callable[[float], None], *, trust_remote_code: bool) -> Checkpoint:
     assert reference.hub is not None
     try:
-        wanted = hub.patterns(reference, hub.listing(reference), trust_remote_code=trust_remote_code)
+        names = hub.listing(reference)
+        wanted = hub.patterns(reference, names, trust_remote_code=trust_remote_code)
         folder = Path(snapshot_download(reference.hub, revision=reference.revision, allow_patterns=wanted))
+        if names is not None and reference.file is None:
+            with _told_of(reference.hub, folder):
+                weights = hub.weights(folder, names)
+            snapshot_download(reference.hub, revision=folder.name, allow_patterns=weights)
     except HFValidationError as error:
         raise ExportError(
             f"{reference.hub!r} is neither a folder or file here{_similar(Path(reference.hub))} nor a hub id (ORG/NAME)"
@@ -343,12 +349,19 @@ def _from_hub(reference: ModelReference, share: Callable[[float], None], *, trus
             f"there is no folder or file {reference.hub} here{_similar(Path(reference.hub))}, and "
             f"{hub.unreachable(reference, error)}"
         ) from error
-    try:
+    with _told_of(reference.hub, folder):
         checkpoint = _local(folder, reference, share, trust_remote_code=trust_remote_code)
-    except ExportError as error:  # whoever gave a hub id knows nothing of the cache
-        raise type(error)(str(error).replace(str(folder), reference.hub)) from error
     source = Source("hub", reference.hub, revision=folder.name, sha256=checkpoint.source.sha256, license=reference.license)
     return Checkpoint(checkpoint.folder, checkpoint.gguf_file, source)
+
+
+@contextmanager
+def _told_of(name: str, folder: Path) -> Iterator[None]:
+    """While this lasts, errors tell of the hub's `name`: whoever gave it knows nothing of the cache."""
+    try:
+        yield
+    except ExportError as error:
+        raise type(error)(str(error).replace(str(folder), name)) from error
 
 
 def _from_path(reference: ModelReference, share: Callable[[float], None], *, trust_remote_code: bool) -> Checkpoint:

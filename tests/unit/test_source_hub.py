@@ -15,6 +15,8 @@ from export.recipe import Build
 from tests import hub
 
 FP32 = Build("cpu", "fp32")
+OTHERS = ("consolidated.safetensors", "original/model.safetensors", "fp16/model.safetensors")
+"""The same weights again, and others, which nothing loads."""
 
 
 @pytest.fixture
@@ -55,12 +57,26 @@ def test_given_a_model_when_fetched_then_it_is_loaded_from_its_safetensors_alone
     repository: Path, fetched: list[str], tiny_model: Path
 ) -> None:
     shutil.copytree(tiny_model, repository, dirs_exist_ok=True)
-    fill(repository, "pytorch_model.bin", "model.gguf", "onnx/model.onnx", "own.py")
+    fill(repository, "pytorch_model.bin", "model.gguf", "onnx/model.onnx", "own.py", *OTHERS)
     found = fetch("a/b")
     assert (found.source.kind, found.source.name, found.source.revision) == ("hub", "a/b", hub.COMMIT)
-    assert "model.safetensors" in fetched
+    assert [name for name in fetched if name.endswith(".safetensors")] == ["model.safetensors"]
     assert not {"pytorch_model.bin", "model.gguf", "onnx/model.onnx", "own.py"} & set(fetched)
     source.load(found)
+
+
+def test_given_shards_when_fetched_then_those_are_that_the_index_names(
+    repository: Path, fetched: list[str], tiny_model: Path
+) -> None:
+    shutil.copytree(tiny_model, repository, dirs_exist_ok=True)
+    weights = safetensors.torch.load_file(repository / "model.safetensors")
+    (repository / "parts").mkdir()
+    (repository / "model.safetensors").rename(repository / "parts" / "one.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "parts/one.safetensors")}
+    (repository / "model.safetensors.index.json").write_text(json.dumps(index))
+    fill(repository, *OTHERS)
+    source.load(fetch("a/b"))
+    assert [name for name in fetched if name.endswith(".safetensors")] == ["parts/one.safetensors"]
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -175,7 +175,7 @@ def test_given_a_gguf_beside_what_reads_images_when_fetched_then_the_model_is_ta
     ("index", "said"),
     [
         (
-            {"weight_map": {"a": "model-00001-of-00002.safetensors"}},
+            {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}},
             "lacks model-00001-of-00002.safetensors, which its model.saf",
         ),
         ({"weight_map": {}}, "does not say which file holds which weight"),
