@@ -405,8 +405,8 @@ def _check_template(name: str, source: object, where: Path) -> None:
         ChatTemplate(source, most=0)
     except jinja2.TemplateSyntaxError as error:
         raise ExportError(
-            f"the chat template of {where} is not valid jinja2 (line {error.lineno}: {error}); correct it there, or give "
-            "another with --chat-template"
+            f"the chat template of {where} is not valid jinja2 (line {error.lineno}: {error.message}); correct it there, or "
+            "give another with --chat-template"
         ) from error
 
 
@@ -417,7 +417,7 @@ def _conversations(side: TextSide, where: str | Path) -> dict[str, list[int]]:
     """
     found = {}
     for name, source in side.templates.items():
-        template = ChatTemplate(source, most=_MAX_CHARACTERS, **side.special_tokens)
+        template = ChatTemplate(source, most=_MAX_CHARACTERS, tokens=side.special_tokens)
         try:
             prompt = template.render([{"role": "user", "content": "Hello"}])
         except TemplateError:  # it wants other turns
