@@ -10,6 +10,8 @@ through AutoTokenizer altogether.
 A GGUF's tokenizer is built from its metadata (gguf_tokenizer.py), whatever lies beside the file.
 """
 
+import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +31,8 @@ from runtime.template import ChatTemplate, TemplateError
 
 FILES = "tokenizer.json, a *.model such as tokenizer.model, vocab.json with merges.txt, vocab.txt, tekken.json and *.tiktoken"
 _FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
+_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Files of a tokenizer that hold a JSON object each, where they are there."""
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _MAX_CHARACTERS = 1_000_000
 """Of a trial conversation, as a template renders it."""
@@ -174,7 +178,8 @@ def _of_folder(folder: Path, choice: TokenizerChoice, trust_remote_code: bool) -
         raise ExportError(
             f"{folder} has no tokenizer: {FILES} were looked for; copy the tokenizer's files of the original model there"
         )
-    if not (folder / "tokenizer.json").is_file():
+    _check_files(folder)
+    if not os.path.lexists(folder / "tokenizer.json"):
         return _side(_fast(_by_class(folder, trust_remote_code=trust_remote_code), folder))
     published = _published(folder)
     if choice == "transformers":
@@ -190,6 +195,42 @@ def _of_folder(folder: Path, choice: TokenizerChoice, trust_remote_code: bool) -
     if not isinstance(by_class, PreTrainedTokenizerFast):
         return _side(published)
     return replace(_side(by_class, published.backend_tokenizer), notes=_compared(published, by_class, choice))
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse files beside a vocabulary that cannot be read, by their names, and a vocabulary that is to come from elsewhere."""
+    for path in (folder / name for name in _OBJECTS):
+        if os.path.lexists(path):
+            _check_configuration(path, _object(path))
+    for path in (folder / TEMPLATE, *(folder / MORE_TEMPLATES).glob("*.jinja")):
+        if os.path.lexists(path):
+            _template_text(path)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(read, dict):
+        raise ExportError(f"{path} is not a JSON object; fetch it again")
+    return read
+
+
+def _check_configuration(path: Path, values: Mapping[str, Any]) -> None:
+    if "fast_tokenizer_files" in values:
+        raise ExportError(
+            f"{path} has the entry fast_tokenizer_files, by which transformers takes other files in the place of "
+            "tokenizer.json; put the file that is meant there, and remove the entry"
+        )
+    listed = values.get("chat_template")
+    if isinstance(listed, list) and not all(isinstance(each, dict) and {"name", "template"} <= each.keys() for each in listed):
+        raise ExportError(
+            f"{path} has a list as its chat_template, and an entry of that has no name or no template; correct it, or put the "
+            f"template into {TEMPLATE}"
+        )
 
 
 def _published(folder: Path) -> PreTrainedTokenizerFast:
