@@ -52,9 +52,9 @@ def page() -> str:
         lines.append(f"| `{key}` | {fate.kind} | {fate.note}{silent} |")
     vocabularies = (
         "Vocabularies are bytes (`gpt2`), SentencePiece's (`llama`) and gemma4's. The rule by which bytes are split before "
-        f"they are merged is a name in the file (`tokenizer.ggml.pre`); known are {', '.join(sorted(SPLITS))}. A file with"
-        " another is refused, as a wrong one costs quality that nobody sees; `--tokenizer transformers` takes what transformers "
-        "makes of it."
+        "they are merged is a name in the file (`tokenizer.ggml.pre`); known are "
+        f"{', '.join(sorted(SPLITS))}. A file with another is refused, as a wrong one costs quality that nobody sees; "
+        "`--tokenizer transformers` takes what transformers makes of it."
     )
     wrapped = {
         "architectures": textwrap.fill(names, WIDTH, break_on_hyphens=False),

@@ -405,7 +405,7 @@ def test_a_sentencepiece_gguf_has_sentencepieces_own_tokens(tmp_path: Path, besi
     side = read_text(tmp_path, sentencepiece_gguf(tmp_path, original))
     assert (side.special_tokens["bos_token"], side.stop_ids) == ("<s>", (original.eos_id(),))
     assert side.templates == {}
-    for text in ("the lazy fox", "Hello, wörld 42!", "你好 👩‍🚀", "a  b\n\nc\t", "quick"):
+    for text in ("the lazy fox", "Hello, wörld 42!", "你好 👩‍🚀", "a  b\n\nc\t", "quick", " fox", "  the fox "):
         expected = original.encode(text)
         assert side.tokenizer.encode(text).ids == [original.bos_id(), *expected], text
         assert side.tokenizer.decode(expected) == original.decode(expected) == text
