@@ -1,5 +1,6 @@
 """A GGUF on disk: the files it is split into, its metadata and its tensors."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +17,13 @@ from export.errors import ExportError
 Value = bool | int | float | str | list[bool | int | float | str]
 """What a metadata key holds."""
 
-_TEXT = "tokenizer."
-"""Begins the keys that export/tokenizer.py reads; they hold whole vocabularies, and are skipped here."""
+TEXT = "tokenizer."
+"""Begins the keys that say how text becomes tokens."""
+_TOKENS = f"{TEXT}ggml.tokens"
+
+_read_last: tuple[object, Mapping[str, Value]] | None = None
+"""What `keys` gave, and of which file: a large vocabulary takes seconds to read, and the model, its text and its sampling each
+come with a path."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +33,13 @@ class GgufFile:
     path: Path
     """The only file, or the first part."""
     readers: tuple[GGUFReader, ...]
+    keys: Mapping[str, Value]
+    """All of the first part's."""
 
     @cached_property
     def metadata(self) -> Mapping[str, Value]:
-        """The keys of the first part, without the tokenizer's."""
-        fields = self.readers[0].fields
-        return {key: field.contents() for key, field in fields.items() if not key.startswith(("GGUF.", _TEXT))}
+        """The keys, without the tokenizer's."""
+        return {key: value for key, value in self.keys.items() if not key.startswith(TEXT)}
 
     @property
     def architecture(self) -> str:
@@ -47,18 +54,20 @@ class GgufFile:
     @property
     def vocabulary(self) -> int | None:
         """How many tokens the tokenizer has; None where the file holds no tokenizer."""
-        field = self.readers[0].fields.get("tokenizer.ggml.tokens")
-        return None if field is None else len(field.data)
+        return len(self._tokens) or None
 
     def tokens(self, *texts: str) -> list[int]:
         """The ids of those tokens of the vocabulary that are exactly one of `texts`."""
-        field = self.readers[0].fields.get("tokenizer.ggml.tokens")
-        return [] if field is None else [id for id, text in enumerate(field.contents()) if text in texts]
+        return [id for id, text in enumerate(self._tokens) if text in texts]
 
     def token_id(self, name: str) -> int | None:
-        """The id under `tokenizer.ggml.NAME_token_id`."""
-        field = self.readers[0].fields.get(f"tokenizer.ggml.{name}_token_id")
-        return None if field is None else int(field.contents())
+        """The id under `tokenizer.ggml.NAME_token_id`; raises ExportError where that is none."""
+        return token_id(self.keys, name, self.path)
+
+    @property
+    def _tokens(self) -> list[bool | int | float | str]:
+        said = self.keys.get(_TOKENS)
+        return said if isinstance(said, list) else []
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor's name and values in float32, with the first dimension the slowest. Raises ExportError."""
@@ -85,11 +94,47 @@ class GgufFile:
 def read(path: Path) -> GgufFile:
     """Open the GGUF that `path` is, or is a part of. Raises ExportError."""
     files = gguf_parts.found(path)
-    opened = GgufFile(files[0], tuple(_open(file) for file in files))
-    _check_parts(files, opened.readers)
-    if "general.architecture" not in opened.metadata:
-        raise _unreadable(files[0], "its metadata has no general.architecture")
-    return opened
+    readers = tuple(_open(file) for file in files)
+    _check_parts(files, readers)
+    return GgufFile(files[0], readers, _keys(files[0], readers[0]))
+
+
+def keys(path: Path) -> Mapping[str, Value]:
+    """The metadata of the GGUF that `path` is, or is a part of: all of its first part's keys. Raises ExportError."""
+    first = gguf_parts.found(path)[0]
+    if _read_last is not None and _read_last[0] == _state(first):
+        return _read_last[1]
+    return _keys(first, _open(first))
+
+
+def token_id(keys: Mapping[str, Value], name: str, where: Path) -> int | None:
+    """The id under `tokenizer.ggml.NAME_token_id` of the file `where`, None where it says none; raises ExportError."""
+    said = keys.get(f"{TEXT}ggml.{name}_token_id")
+    if said is not None and type(said) is not int:
+        raise ExportError(f"{where} names {said!r} as its {name}, which is not a token's id; convert the model again")
+    tokens = keys.get(_TOKENS)
+    count = len(tokens) if isinstance(tokens, list) else 0
+    if said is not None and count and not 0 <= said < count:
+        raise ExportError(f"{where} names token {said} as its {name}, of {count} tokens; convert the model again")
+    return said
+
+
+def _keys(path: Path, reader: GGUFReader) -> Mapping[str, Value]:
+    global _read_last
+    try:
+        found = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    except ValueError as error:  # text that is not UTF-8
+        raise _unreadable(path, str(error)) from error
+    if "general.architecture" not in found:
+        raise _unreadable(path, "its metadata has no general.architecture")
+    _read_last = (_state(path), found)
+    return found
+
+
+def _state(path: Path) -> object:
+    """What changes when the file does."""
+    stat = path.stat()
+    return path.absolute(), stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _open(path: Path) -> GGUFReader:
@@ -107,7 +152,7 @@ def _unreadable(path: Path, why: str) -> ExportError:
 
 
 def _check_parts(files: tuple[Path, ...], readers: tuple[GGUFReader, ...]) -> None:
-    """Refuse parts that do not belong together, and a set that is short of tensors."""
+    """Refuse parts that do not belong together, and a set that is short of tensors or has one twice."""
 
     def number(reader: GGUFReader, key: str, default: int) -> int:
         field = reader.fields.get(f"split.{key}")
@@ -121,6 +166,11 @@ def _check_parts(files: tuple[Path, ...], readers: tuple[GGUFReader, ...]) -> No
                 f" {len(files)}; give the parts the names that they were published under"
             )
     told = number(readers[0], "tensors.count", 0)
-    held = sum(len(reader.tensors) for reader in readers)
-    if len(files) > 1 and told and told != held:
-        raise ExportError(f"the {len(files)} parts of {files[0]} hold {held} tensors, not {told}; fetch them all again")
+    held = [tensor.name for reader in readers for tensor in reader.tensors]
+    if len(files) > 1 and told and told != len(held):
+        raise ExportError(f"the {len(files)} parts of {files[0]} hold {len(held)} tensors, not {told}; fetch them all again")
+    if twice := [name for name, times in Counter(held).items() if times > 1]:
+        raise ExportError(
+            f"the parts of {files[0]} hold {twice[0]} more than once, and which one counts is not said; fetch them all again, "
+            "or convert the model again"
+        )

@@ -2,7 +2,7 @@
 
 A key of the architecture's namespace has one of four fates, and there is no fifth: it is carried into the configuration,
 compared with what the model computes, known to change no number, or refused with its name. A key that nobody here has heard of
-is refused too, as it may change every number of the model.
+is refused too, as it may change every number of the model. So is one of the tokenizer's, as it may change every text.
 """
 
 import math
@@ -15,9 +15,9 @@ from typing import Literal
 from gguf.constants import Keys
 
 from export.errors import UnsupportedModel
-from export.gguf_file import Value
+from export.gguf_file import TEXT, Value
 
-Kind = Literal["carried", "compared", "no effect", "tokenizer", "parts", "refused"]
+Kind = Literal["carried", "compared", "no effect", "noted", "parts", "refused"]
 
 
 @dataclass(frozen=True)
@@ -177,12 +177,61 @@ ARCHITECTURE: dict[str, Fate] = {
 }
 """The keys after the architecture's name and a dot."""
 
+_INFILL = Fate("no effect", "infilling, which is not offered")
+_TEMPLATE = "chat_template."
+TOKENIZER: dict[str, Fate] = {
+    "ggml.model": Fate("carried", "`gpt2` (bytes), `llama` (SentencePiece) and `gemma4` are read; others are refused"),
+    "ggml.pre": Fate("carried", "how `gpt2` splits text, by the names in export/splits.py; others are refused"),
+    "ggml.tokens": Fate("carried", "the vocabulary"),
+    "ggml.token_type": Fate("carried", "which tokens are found whole, and which of them are no text"),
+    "ggml.token_type_count": Fate("no effect", "the segments of encoders"),
+    "ggml.scores": Fate("carried", "the order in which `llama` merges; gemma's have that of the vocabulary"),
+    "ggml.merges": Fate("carried", "in `gpt2` and `gemma4`; `llama` merges by its scores, as in llama.cpp"),
+    "ggml.bos_token_id": Fate("carried", "begins a text; 1 in `llama` where it is not said"),
+    "ggml.eos_token_id": Fate("carried", "ends an answer; 2 in `llama` where it is not said"),
+    "ggml.eos_token_ids": Fate("carried", "end an answer, too (Ollama writes them)"),
+    "ggml.eot_token_id": Fate("carried", "ends an answer, too"),
+    "ggml.eom_token_id": Fate("carried", "ends an answer, too"),
+    "ggml.unknown_token_id": Fate("carried", "`unk_token` of chat templates; 0 in `llama` where it is not said"),
+    "ggml.seperator_token_id": Fate("carried", "`sep_token` of chat templates"),
+    "ggml.padding_token_id": Fate("carried", "`pad_token` of chat templates"),
+    "ggml.cls_token_id": Fate("carried", "`cls_token` of chat templates"),
+    "ggml.mask_token_id": Fate("carried", "`mask_token` of chat templates"),
+    "ggml.add_bos_token": Fate(
+        "carried",
+        "a text begins with BOS; where it is not said, it does in `llama` and by some rules of `ggml.pre`. In `gemma4` it does"
+        " whatever is said, as in llama.cpp",
+    ),
+    "ggml.add_eos_token": Fate("carried", "a text ends with EOS"),
+    **{
+        f"ggml.add_{name}_token": Fate("no effect", "Ollama writes it, and nothing reads it")
+        for name in ("unknown", "seperator", "padding", "cls", "mask")
+    },
+    "ggml.add_sep_token": Fate("refused", "the end of a text of encoders", (False,)),
+    "ggml.add_space_prefix": Fate(
+        "carried",
+        "a blank in front of a text, and behind each token that is found whole, in `llama`; it is there where it is not said."
+        " Others have none, whatever is said, as in llama.cpp",
+    ),
+    "ggml.remove_extra_whitespaces": Fate("no effect", "llama.cpp reads it for t5's vocabularies alone"),
+    "ggml.precompiled_charsmap": Fate("refused", "the normalization of t5's vocabularies"),
+    "ggml.suppress_tokens": Fate("noted", "tokens that are never to be drawn; they are not left out of an answer here"),
+    "huggingface.json": Fate("no effect", "llama.cpp does not read it"),
+    "rwkv.world": Fate("refused", "the vocabulary of rwkv"),
+    "chat_template": Fate("carried", "the chat template `default`"),
+    _TEMPLATE + "{name}": Fate("carried", "the chat template of that name"),
+    "chat_templates": Fate("no effect", "the names of the others"),
+    **{f"ggml.fim_{name}_token_id": _INFILL for name in ("pre", "suf", "mid", "pad", "rep", "sep")},
+    **{f"ggml.{name}_token_id": _INFILL for name in ("prefix", "suffix", "middle")},
+}
+"""The keys after `tokenizer.`, which export/gguf_tokenizer.py carries; llama.cpp reads them in src/llama-vocab.cpp."""
+
 OTHERS: dict[str, Fate] = {
     "general.architecture": Fate("carried", "the model's class; see the architectures above"),
     "general.type": Fate("compared", "with `model`: adapters, projectors and the like are refused"),
     "general.alignment": Fate("no effect", "where the tensors begin, for the reader of the file"),
     "general.*": Fate("no effect", "names, authors, links, licences, recommended sampling"),
-    "tokenizer.*": Fate("tokenizer", "vocabulary, special tokens, chat template: see export/tokenizer.py"),
+    "tokenizer.*": Fate("refused", "other keys of the tokenizer, as they may change its tokens"),
     "split.*": Fate("parts", "compared with the names of the files"),
     "adapter.*": Fate("refused", "an adapter is not a model"),
     "imatrix.*": Fate("refused", "statistics for a quantization are no model"),
@@ -213,6 +262,8 @@ def fate(key: str) -> Fate | None:
     """What becomes of `key`, written with `{arch}`; None for one that the table lacks."""
     if key.startswith("{arch}."):
         return ARCHITECTURE.get(key.removeprefix("{arch}."))
+    if key.startswith(TEXT):
+        return _of_text(key)
     return OTHERS.get(key) or OTHERS.get(key.partition(".")[0] + ".*")
 
 
@@ -227,6 +278,33 @@ def refuse_strange(metadata: Mapping[str, Value], where: Path) -> None:
             raise UnsupportedModel(
                 f"{where} has the key {key} ({known.note}); give the model's own GGUF, or its original folder"
             )
+
+
+def check_text(keys: Mapping[str, Value], where: Path) -> tuple[str, ...]:
+    """Notes on the tokenizer's keys that are left out; raises UnsupportedModel for one that may change its tokens."""
+    notes = []
+    for key, said in keys.items():
+        if not key.startswith(TEXT):
+            continue
+        known = _of_text(key)
+        if known is None:
+            raise UnsupportedModel(
+                f"{where} has the key {key}, which is not known here and may change how text becomes tokens: export the "
+                "original model's folder instead"
+            )
+        if known.kind == "refused" and not any(_same(said, value) for value in known.neutral):
+            raise UnsupportedModel(
+                f"{where} has the key {key} ({known.note}), which is not carried over: export the original model's folder"
+                " instead"
+            )
+        if known.kind == "noted":
+            notes.append(f"{key} of {where.name} is left out: {known.note}")
+    return tuple(notes)
+
+
+def _of_text(key: str) -> Fate | None:
+    name = key.removeprefix(TEXT)
+    return TOKENIZER.get(_TEMPLATE + "{name}" if name.startswith(_TEMPLATE) else name)
 
 
 class Hyperparameters:

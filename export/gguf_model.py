@@ -20,7 +20,7 @@ from export import gguf_file, gguf_weights
 from export.checkpoint_files import AGAIN
 from export.errors import ExportError, UnsupportedModel
 from export.gguf_file import GgufFile
-from export.gguf_metadata import Hyperparameters, refuse_strange
+from export.gguf_metadata import Hyperparameters, check_text, refuse_strange
 from export.gguf_weights import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, Places
 from runtime.bundle import Task
 
@@ -83,6 +83,7 @@ def load(path: Path, task: Task, share: Callable[[float], None] = lambda share: 
 def interpret(file: GgufFile) -> Model:
     """The configuration that the metadata of `file` describes. Raises UnsupportedModel for what has no place in it."""
     refuse_strange(file.metadata, file.path)
+    check_text(file.keys, file.path)
     if file.architecture not in ARCHITECTURES:
         raise UnsupportedModel(
             f"{file.path} is of the architecture {file.architecture!r}, which is not read from a GGUF here: export the original"

@@ -14,9 +14,8 @@ from typing import Any
 
 import msgspec
 from transformers import GenerationConfig
-from transformers.integrations.gguf.reader import read_gguf_metadata
 
-from export import library_messages
+from export import gguf_file, library_messages
 from export.errors import ExportError
 from runtime.bundle import SamplingDefaults
 
@@ -73,10 +72,7 @@ def described(sampling: SamplingDefaults) -> str:
 
 
 def _of_gguf(path: Path) -> tuple[SamplingDefaults, tuple[str, ...]]:
-    try:
-        metadata, _ = read_gguf_metadata(str(path), ())
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read as a GGUF file: {error}") from error
+    metadata = gguf_file.keys(path)
     values = {name: metadata[key] for name, key in _GGUF.items() if key in metadata}
     # Its numbers have 32 bits: 0.2 is 0.200000003.
     values = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}

@@ -7,55 +7,39 @@ file's matter, as it is in transformers, which passes over `add_bos_token` and `
 What a chat template may name, and which template is taken, is what AutoTokenizer says. A folder with only vocabulary files goes
 through AutoTokenizer altogether.
 
-From a GGUF with a byte-level vocabulary the tokenizer is built here, because transformers' conversion keeps only some of the
-pre-tokenizers (splits.py): SmolLM2's, for one, it replaces by GPT-2's. The other GGUF vocabularies come through transformers,
-which is shown the file alone: of a folder it would take the tokenizer.json, whichever model that belongs to.
+A GGUF's tokenizer is built from its metadata (gguf_tokenizer.py), whatever lies beside the file.
 """
 
+import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import jinja2
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.integrations.gguf.reader import read_gguf_metadata
 
-from export import corpus
+from export import corpus, gguf_tokenizer
 from export.errors import ExportError
 from export.library_messages import in_few_words
 from export.recipe import TokenizerChoice
-from export.splits import SPLITS
 from runtime.bundle import DEFAULT_TEMPLATE, MORE_TEMPLATES, TEMPLATE, TOKENIZER
 from runtime.template import ChatTemplate, TemplateError
 
 FILES = "tokenizer.json, a *.model such as tokenizer.model, vocab.json with merges.txt, vocab.txt, tekken.json and *.tiktoken"
 _FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
-_TOKENS = "tokenizer.ggml.tokens"
-_MERGES = "tokenizer.ggml.merges"
-_TEMPLATE = "tokenizer.chat_template"
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-"""Of `tokenizer.ggml.token_type` (`llama_token_type` in llama.cpp); the others are text."""
-_ENDS = ("eos", "eot", "eom")
-"""The tokens that end an answer, by their names in a GGUF: end of sequence, of turn, of message."""
-_NAMED = {
-    "bos": "bos_token",
-    "eos": "eos_token",
-    "unknown": "unk_token",
-    "seperator": "sep_token",
-    "padding": "pad_token",
-    "cls": "cls_token",
-    "mask": "mask_token",
-}
-"""What templates call the tokens that a GGUF names `tokenizer.ggml.NAME_token_id` (with llama.cpp's spelling)."""
-_T5_UNUSED = re.compile(r"\[PAD\d+\]")
-_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Files of a tokenizer that hold a JSON object each, where they are there."""
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _MAX_CHARACTERS = 1_000_000
 """Of a trial conversation, as a template renders it."""
+_NO_END = (
+    "neither its tokenizer nor its generation_config.json names one of its tokens for that, so an answer goes on to the "
+    "longest that it may have, unless a request has a stop string"
+)
 MAX_TEXT = 100
 """Characters of a text that an error repeats."""
 
@@ -97,11 +81,7 @@ def read_text(
     folder = Path(folder)
     side = _of_folder(folder, choice, trust_remote_code) if gguf_file is None else _of_gguf(folder / gguf_file, choice)
     more = generation_config.eos_token_id if generation_config is not None else None
-    stop_ids = _distinct((*side.stop_ids, *(more if isinstance(more, list | tuple) else [more])))
-    if not all(isinstance(id, int) for id in stop_ids):
-        raise ExportError(
-            f"generation_config.json of {folder} has eos_token_id {more!r}, which is not a token's id; correct it"
-        )
+    stop_ids = tuple(dict.fromkeys((*side.stop_ids, *_ids(more, folder))))
     if template is not None:
         return replace(side, templates={DEFAULT_TEMPLATE: template}, stop_ids=stop_ids)
     for name, source in side.templates.items():
@@ -109,16 +89,30 @@ def read_text(
     return replace(side, stop_ids=stop_ids)
 
 
+def _ids(said: object, folder: Path) -> list[int]:
+    """The tokens that the `eos_token_id` of generation_config.json names; raises ExportError."""
+    ids = said if isinstance(said, list | tuple) else [] if said is None else [said]
+    if not all(type(id) is int for id in ids):
+        raise ExportError(
+            f"generation_config.json of {folder} has eos_token_id {said!r}, which is not a token's id; correct it"
+        )
+    return list(ids)
+
+
 def read_template(path: Path) -> str:
     """The chat template in the file `path`. Raises ExportError where it is none."""
+    source = _template_text(path)
+    _check_template(DEFAULT_TEMPLATE, source, path)
+    return source
+
+
+def _template_text(path: Path) -> str:
     try:
-        source = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ExportError(f"the chat template {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ExportError(f"the chat template {path} is not UTF-8 text: {error}") from error
-    _check_template(DEFAULT_TEMPLATE, source, path)
-    return source
 
 
 def for_embeddings(side: TextSide, *, lower: bool) -> TextSide:
@@ -130,7 +124,8 @@ def for_embeddings(side: TextSide, *, lower: bool) -> TextSide:
 
 
 def checked(side: TextSide, rows: int, where: str | Path) -> TextSide:
-    """`side` of the model at `where`, which has `rows` embeddings, without stop ids that it never gives.
+    """`side` of the model at `where`, which has `rows` embeddings, without stop ids that it never gives; a note where none is
+    left.
 
     Raises ExportError where the tokenizer fails at ordinary text or makes nothing of it, or tokens that the model has not.
     """
@@ -148,7 +143,9 @@ def checked(side: TextSide, rows: int, where: str | Path) -> TextSide:
                 f"the tokenizer of {where} is not this model's: it turns {text!r} into the token {max(ids)} "
                 f"({side.tokenizer.id_to_token(max(ids))!r}), and the model has {rows}; fetch both from one place"
             )
-    return replace(side, stop_ids=tuple(id for id in side.stop_ids if 0 <= id < rows))
+    stop_ids = tuple(id for id in side.stop_ids if 0 <= id < rows)
+    notes = side.notes if stop_ids else (*side.notes, f"no token ends an answer of {where}: {_NO_END}")
+    return replace(side, stop_ids=stop_ids, notes=notes)
 
 
 def _encoded(tokenizer: Tokenizer, text: str, where: str | Path, *, special: bool = True) -> list[int]:
@@ -181,7 +178,8 @@ def _of_folder(folder: Path, choice: TokenizerChoice, trust_remote_code: bool) -
         raise ExportError(
             f"{folder} has no tokenizer: {FILES} were looked for; copy the tokenizer's files of the original model there"
         )
-    if not (folder / "tokenizer.json").is_file():
+    _check_files(folder)
+    if not os.path.lexists(folder / "tokenizer.json"):
         return _side(_fast(_by_class(folder, trust_remote_code=trust_remote_code), folder))
     published = _published(folder)
     if choice == "transformers":
@@ -199,6 +197,42 @@ def _of_folder(folder: Path, choice: TokenizerChoice, trust_remote_code: bool) -
     return replace(_side(by_class, published.backend_tokenizer), notes=_compared(published, by_class, choice))
 
 
+def _check_files(folder: Path) -> None:
+    """Refuse files beside a vocabulary that cannot be read, by their names, and a vocabulary that is to come from elsewhere."""
+    for path in (folder / name for name in _OBJECTS):
+        if os.path.lexists(path):
+            _check_configuration(path, _object(path))
+    for path in (folder / TEMPLATE, *(folder / MORE_TEMPLATES).glob("*.jinja")):
+        if os.path.lexists(path):
+            _template_text(path)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(read, dict):
+        raise ExportError(f"{path} is not a JSON object; fetch it again")
+    return read
+
+
+def _check_configuration(path: Path, values: Mapping[str, Any]) -> None:
+    if "fast_tokenizer_files" in values:
+        raise ExportError(
+            f"{path} has the entry fast_tokenizer_files, by which transformers takes other files in the place of "
+            "tokenizer.json; put the file that is meant there, and remove the entry"
+        )
+    listed = values.get("chat_template")
+    if isinstance(listed, list) and not all(isinstance(each, dict) and {"name", "template"} <= each.keys() for each in listed):
+        raise ExportError(
+            f"{path} has a list as its chat_template, and an entry of that has no name or no template; correct it, or put the "
+            f"template into {TEMPLATE}"
+        )
+
+
 def _published(folder: Path) -> PreTrainedTokenizerFast:
     """The folder's tokenizer.json as it is, with the tokens that tokenizer_config.json adds; raises ExportError."""
     file = folder / "tokenizer.json"
@@ -210,30 +244,29 @@ def _published(folder: Path) -> PreTrainedTokenizerFast:
         loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a configuration can be wrong in
         raise ExportError(
-            f"tokenizer_config.json in {folder} does not fit tokenizer.json ({error}); fetch both again"
+            f"tokenizer_config.json in {folder} does not fit tokenizer.json "
+            f"({in_few_words(str(error) or type(error).__name__)}); fetch both again"
         ) from error
     return loaded
 
 
-def _by_class(
-    folder: Path, where: Path | None = None, *, trust_remote_code: bool = False, **options: Any
-) -> PreTrainedTokenizerBase:
-    """What AutoTokenizer makes of the folder's files, which errors call `where`; raises ExportError.
+def _by_class(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """What AutoTokenizer makes of the folder's files; raises ExportError.
 
     Code in the folder runs only with `trust_remote_code`; where it is needed CodeNotRunError is raised.
     """
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers raises whatever the file's reader did.
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise CodeNotRunError(
-                f"the tokenizer of {where or folder} is made by Python code of the model's own, which is run only with "
+                f"the tokenizer of {folder} is made by Python code of the model's own, which is run only with "
                 "--trust-remote-code"
             ) from error
         said = in_few_words(str(error) or type(error).__name__)
-        raise ExportError(f"{where or folder} has no tokenizer that transformers can load: {said}") from error
+        raise ExportError(f"{folder} has no tokenizer that transformers can load: {said}") from error
     return loaded
 
 
@@ -254,11 +287,12 @@ def _side(loaded: PreTrainedTokenizerFast, backend: Tokenizer | None = None) -> 
     # A class names tokens by default that a vocabulary may not have, as `<s>`; transformers makes up ids for them.
     named = {name: token for name, token in loaded.special_tokens_map.items() if tokenizer.token_to_id(token) is not None}
     templates = loaded.chat_template or {}
+    eos = tokenizer.token_to_id(named.get("eos_token", ""))
     return TextSide(
         tokenizer,
-        {DEFAULT_TEMPLATE: templates} if isinstance(templates, str) else dict(templates),
+        dict(templates) if isinstance(templates, Mapping) else {DEFAULT_TEMPLATE: templates},
         named,
-        _distinct([tokenizer.token_to_id(named.get("eos_token", ""))]),
+        () if eos is None else (eos,),
     )
 
 
@@ -282,131 +316,22 @@ def _compared(published: PreTrainedTokenizerFast, rebuilt: PreTrainedTokenizerFa
 
 
 def _of_gguf(path: Path, choice: TokenizerChoice) -> TextSide:
-    try:
-        metadata, _ = read_gguf_metadata(str(path), (_TOKENS, _MERGES))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read as a GGUF file: {error}") from error
-    tokens: list[str] = metadata.get(_TOKENS) or []
-    if not tokens or "tokenizer.ggml.model" not in metadata:
-        raise ExportError(
-            f"{path} has no tokenizer: tokenizer.ggml.model and {_TOKENS} were looked for in its metadata; convert the model "
-            "again with its vocabulary"
-        )
-    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in (*_NAMED, *_ENDS)}
-    for name, id in ids.items():
-        if id is not None and id >= len(tokens):
-            raise ExportError(f"{path} names token {id} as its {name}, of {len(tokens)} tokens; convert the model again")
-    named = {_NAMED[name]: tokens[id] for name, id in ids.items() if name in _NAMED and id is not None}
-    if metadata["tokenizer.ggml.model"] == "gpt2" and choice == "file":
-        side = TextSide(_byte_level(metadata, path), {}, {}, ())
-    else:
-        side = _side(_fast(_by_conversion(path), path))
-        _check_vocabulary(side.tokenizer, tokens, path)
-    ends = _distinct([*(ids[end] for end in _ENDS), *side.stop_ids])
-    return TextSide(side.tokenizer, _gguf_templates(metadata), {**side.special_tokens, **named}, ends)
+    said = gguf_tokenizer.read(path, choice)
+    return TextSide(said.tokenizer, said.templates, said.special_tokens, said.stop_ids, said.notes)
 
 
-def _by_conversion(path: Path) -> PreTrainedTokenizerBase:
-    """What transformers makes of the GGUF `path` and of nothing that lies beside it; raises ExportError."""
-    with TemporaryDirectory(prefix="engineshed-") as alone:
-        (Path(alone) / path.name).symlink_to(path.resolve())
-        return _by_class(Path(alone), path, gguf_file=path.name)
-
-
-def _check_vocabulary(tokenizer: Tokenizer, tokens: Sequence[str], path: Path) -> None:
-    """Raise ExportError where `tokenizer` has another token at an id than the GGUF `path`, whose tokens are `tokens`.
-
-    transformers writes some in another way: blanks as SentencePiece does, bytes as GPT-2 does, T5's unused ones by their names.
-    """
-    for id, token in enumerate(tokens):
-        made = tokenizer.id_to_token(id)
-        if made in (None, token, token.replace(" ", "▁")) or _T5_UNUSED.fullmatch(token):
-            continue
-        if made != "".join(piece for piece, _ in _BYTE_LEVEL.pre_tokenize_str(token)):
-            raise ExportError(
-                f"transformers makes another tokenizer of {path}: token {id} is {made!r} there and {token!r} in the file; "
-                "export the original model's folder instead"
-            )
-
-
-def _gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The chat templates in a GGUF's metadata: `tokenizer.chat_template`, and `tokenizer.chat_template.NAME`."""
-    named = {key.removeprefix(f"{_TEMPLATE}."): text for key, text in metadata.items() if key.startswith(f"{_TEMPLATE}.")}
-    default = {DEFAULT_TEMPLATE: metadata[_TEMPLATE]} if metadata.get(_TEMPLATE) else {}
-    return {**named, **default}
-
-
-def _byte_level(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
-    """The byte-level BPE tokenizer that a GGUF's metadata describes."""
-    name = metadata.get("tokenizer.ggml.pre")
-    if name not in SPLITS:
-        raise ExportError(
-            f"{path} splits text by the rule {name!r} (tokenizer.ggml.pre), which is not known here; export the original"
-            " model's folder instead, or add the rule to export/splits.py"
-        )
-    splits = SPLITS[name]
-    tokens: list[str] = metadata[_TOKENS]
-    vocabulary = {token: id for id, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        raise ExportError(f"{path} names a token twice in {_TOKENS}; the file is damaged, convert the model again")
-    try:
-        model = models.BPE(
-            vocabulary, [_pair(merge) for merge in metadata.get(_MERGES, ())], ignore_merges=splits.ignore_merges
-        )
-    except Exception as error:  # tokenizers raises nothing more specific.
-        raise ExportError(f"the merges of {path} do not fit its vocabulary ({error}); convert the model again") from error
-    tokenizer = Tokenizer(model)
-    if splits.normalizer is not None:
-        tokenizer.normalizer = splits.normalizer
-    tokenizer.pre_tokenizer = splits.pre_tokenizer
-    tokenizer.decoder = decoders.ByteLevel()
-    _add_tokens(tokenizer, tokens, metadata)
-    _surround(tokenizer, tokens, metadata, adds_bos=splits.adds_bos)
-    return tokenizer
-
-
-def _pair(merge: str) -> tuple[str, str]:
-    """The two tokens of a merge: the first may begin with a space, in an old file."""
-    middle = merge.index(" ", 1)
-    return merge[:middle], merge[middle + 1 :]
-
-
-def _add_tokens(tokenizer: Tokenizer, tokens: list[str], metadata: Mapping[str, Any]) -> None:
-    """Have the tokens that are no text found whole, before anything is split."""
-    named = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", *_ENDS)}
-    kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    for id, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
-        special = kind in (_UNKNOWN, _CONTROL) or id in named
-        if token and (special or kind == _USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=special)])
-
-
-def _surround(tokenizer: Tokenizer, tokens: list[str], metadata: Mapping[str, Any], *, adds_bos: bool) -> None:
-    """Put BOS and EOS around a text, where the file says so."""
-    adds = {
-        "bos": metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
-        "eos": metadata.get("tokenizer.ggml.add_eos_token", False),
-    }
-    ids = {name: id for name in adds if adds[name] and (id := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None}
-    if ids:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[name for name in ("bos", "$A", "eos") if name in ("$A", *ids)],
-            special_tokens=[{"id": name, "ids": [id], "tokens": [tokens[id]]} for name, id in ids.items()],
-        )
-
-
-def _check_template(name: str, source: object, where: Path) -> None:
-    if not isinstance(source, str) or not _TEMPLATE_NAME.fullmatch(name):
+def _check_template(name: object, source: object, where: Path) -> None:
+    if not isinstance(source, str) or not isinstance(name, str) or not _TEMPLATE_NAME.fullmatch(name):
         raise ExportError(
             f"{where} has a chat template {name!r} that cannot be kept: a template is a text, and its name has letters, "
-            "digits, underscores, hyphens and dots; correct tokenizer_config.json, or give another with --chat-template"
+            "digits, underscores, hyphens and dots; correct it there, or give another with --chat-template"
         )
     try:
         ChatTemplate(source, most=0)
     except jinja2.TemplateSyntaxError as error:
         raise ExportError(
-            f"the chat template of {where} is not valid jinja2 (line {error.lineno}: {error}); correct it there, or give "
-            "another with --chat-template"
+            f"the chat template of {where} is not valid jinja2 (line {error.lineno}: {error.message}); correct it there, or "
+            "give another with --chat-template"
         ) from error
 
 
@@ -417,14 +342,10 @@ def _conversations(side: TextSide, where: str | Path) -> dict[str, list[int]]:
     """
     found = {}
     for name, source in side.templates.items():
-        template = ChatTemplate(source, most=_MAX_CHARACTERS, **side.special_tokens)
+        template = ChatTemplate(source, most=_MAX_CHARACTERS, tokens=side.special_tokens)
         try:
             prompt = template.render([{"role": "user", "content": "Hello"}])
         except TemplateError:  # it wants other turns
             continue
         found[f"a conversation in the chat template {name}"] = _encoded(side.tokenizer, prompt, where, special=False)
     return found
-
-
-def _distinct(ids: Any) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(id for id in ids if id is not None))

@@ -47,14 +47,20 @@ class Shape:
 class ChatTemplate:
     """One compiled chat template."""
 
-    def __init__(self, source: str, *, most: int, **tokens: str) -> None:
+    def __init__(self, source: str, *, most: int, tokens: Mapping[str, str] | None = None) -> None:
         """Compile `source`; `most` bounds the characters of one rendering.
 
-        `tokens` are the special tokens that the template may name, e.g. `bos_token="<s>"`. Raises jinja2.TemplateSyntaxError.
+        `tokens` are the special tokens that the template may name, e.g. `{"bos_token": "<s>"}`. Raises
+        jinja2.TemplateSyntaxError, also where the template is nested too deeply for jinja2 or for Python.
         """
         environment = _environment()
-        self._template = environment.from_string(source, globals=tokens)
-        self._tree = environment.parse(source)
+        try:
+            self._template = environment.from_string(source, globals=dict(tokens or {}))
+            self._tree = environment.parse(source)
+        except jinja2.TemplateSyntaxError:
+            raise
+        except Exception as error:  # RecursionError, and whatever Python's own compiler raises for what jinja2 makes of it
+            raise jinja2.TemplateSyntaxError(f"it cannot be compiled: {str(error) or type(error).__name__}", 1) from error
         self._most = most
 
     @cached_property

@@ -349,6 +349,6 @@ def _template(path: Path, most: int, tokens: Mapping[str, str]) -> ChatTemplate:
     except UnicodeDecodeError as error:
         raise BundleError(f"{path} is no UTF-8 text ({error}); export the model again") from error
     try:
-        return ChatTemplate(source, most=most, **tokens)
+        return ChatTemplate(source, most=most, tokens=tokens)
     except jinja2.TemplateSyntaxError as error:
-        raise BundleError(f"{path} cannot be read (line {error.lineno}: {error}); export the model again") from error
+        raise BundleError(f"{path} cannot be read (line {error.lineno}: {error.message}); export the model again") from error

@@ -4,6 +4,7 @@ import textwrap
 from pathlib import Path
 
 from export import gguf_metadata, gguf_model
+from export.splits import SPLITS
 
 WIDTH = 128
 """Characters of a line of prose."""
@@ -21,15 +22,18 @@ For each kind of them, for every kind of position scaling, and for the scales, s
 compares the tokens of a tiny file with those that llama.cpp itself gave (tests/data/gguf_tokens.json). Others are refused:
 export the original model's folder.
 
+{vocabularies}
+
 Two things are decided by the weights, as in llama.cpp: a file without `output.weight` has the embedding as its LM head, and
 biases are there where their tensors are. `rope_freqs.weight` (Llama 3.1 and later) divides the rotation's frequencies;
 `rope_factors_long.weight` and `rope_factors_short.weight` are longrope's.
 
 ## Metadata
 
-*carried*: into the configuration. *compared*: with what the model computes, refused where it differs. *refused*: unless the
-value is one that says nothing. A key of the architecture's namespace that is not in this table is refused, as it may change
-the tokens; so is one that is carried in another architecture only.
+*carried*: into the configuration or the tokenizer. *compared*: with what the model computes, refused where it differs.
+*refused*: unless the value is one that says nothing. *noted*: left out, and whoever exports is told. A key of the
+architecture's namespace or of the tokenizer's that is not in this table is refused, as it may change the tokens; so is one that
+is carried in another architecture only.
 
 | key | fate | |
 | --- | --- | --- |
@@ -39,12 +43,24 @@ the tokens; so is one that is carried in another architecture only.
 def page() -> str:
     """The whole page."""
     names = f"Read are the architectures {', '.join(sorted(gguf_model.ARCHITECTURES))}."
-    rows = [(f"{{arch}}.{key}", fate) for key, fate in gguf_metadata.ARCHITECTURE.items()] + list(gguf_metadata.OTHERS.items())
+    rows = [(f"{{arch}}.{key}", fate) for key, fate in gguf_metadata.ARCHITECTURE.items()]
+    rows += [(f"tokenizer.{key}", fate) for key, fate in gguf_metadata.TOKENIZER.items()]
+    rows += list(gguf_metadata.OTHERS.items())
     lines = []
     for key, fate in rows:
         silent = f"; says nothing as {' or '.join(f'{value:g}' for value in fate.neutral)}" if fate.neutral else ""
         lines.append(f"| `{key}` | {fate.kind} | {fate.note}{silent} |")
-    return HEAD.format(architectures=textwrap.fill(names, WIDTH, break_on_hyphens=False)) + "\n".join(lines) + "\n"
+    vocabularies = (
+        "Vocabularies are bytes (`gpt2`), SentencePiece's (`llama`) and gemma4's. The rule by which bytes are split before "
+        "they are merged is a name in the file (`tokenizer.ggml.pre`); known are "
+        f"{', '.join(sorted(SPLITS))}. A file with another is refused, as a wrong one costs quality that nobody sees; "
+        "`--tokenizer transformers` takes what transformers makes of it."
+    )
+    wrapped = {
+        "architectures": textwrap.fill(names, WIDTH, break_on_hyphens=False),
+        "vocabularies": textwrap.fill(vocabularies, WIDTH, break_on_hyphens=False),
+    }
+    return HEAD.format(**wrapped) + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

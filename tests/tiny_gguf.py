@@ -4,7 +4,7 @@ llama.cpp's tokens for them were recorded by tests/data/make_gguf_tokens.py, whi
 nothing but numpy and gguf is imported here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from zlib import crc32
@@ -56,6 +56,13 @@ class Kind:
     seed: str = ""
     """Kinds of one seed have the same weights, as far as they have the same names."""
 
+    @property
+    def vocabulary(self) -> str:
+        """What such models are published with: a kind of vocabulary, or the rule by which a byte-level one splits text."""
+        if self.architecture == "llama" and any("exps" in name for name in self.shapes):
+            return "sentencepiece"
+        return _PUBLISHED[self.architecture]
+
 
 def write(name: str, path: Path) -> Path:
     """Write the kind of that name to `path`."""
@@ -72,7 +79,7 @@ def write(name: str, path: Path) -> Path:
     }
     for key, value in (common | dict(kind.keys)).items():
         _add(writer, f"{kind.architecture}.{key}", value)
-    _add_tokenizer(writer)
+    _VOCABULARIES[kind.vocabulary](writer, kind.vocabulary)
     for tensor, values in tensors(kind, name).items():
         writer.add_tensor(tensor, values)
     writer.write_header_to_file()
@@ -110,13 +117,13 @@ def _add(writer: GGUFWriter, key: str, value: Value) -> None:
         writer.add_array(key, value)
 
 
-def _add_tokenizer(writer: GGUFWriter) -> None:
+def _add_bytes(writer: GGUFWriter, rule: str) -> None:
     """A byte-level vocabulary of every byte, one merge, and special tokens: the first one ends a text."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     characters = [chr(byte) for byte in visible] + [chr(256 + number) for number in range(len(hidden))]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(rule)
     writer.add_token_list(["<|endoftext|>", *characters, "Ġt", *OTHERS])
     writer.add_token_types([TokenType.CONTROL, *[TokenType.NORMAL] * 257, *[TokenType.CONTROL] * len(OTHERS)])
     writer.add_token_merges(["Ġ t"])
@@ -124,6 +131,61 @@ def _add_tokenizer(writer: GGUFWriter) -> None:
     writer.add_eos_token_id(0)
     writer.add_add_bos_token(False)
 
+
+FALLBACK = [f"<0x{byte:02X}>" for byte in range(255)]
+"""Tokens for bytes; the last one is in no UTF-8."""
+
+
+def _add_sentencepiece(writer: GGUFWriter, kind: str) -> None:
+    """Llama 2's kind of vocabulary: blanks are `▁`, one is put in front of a text, and merges go by scores."""
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([*OTHERS, *FALLBACK, "▁", "t", "▁t"])
+    writer.add_token_scores([0.0] * (VOCAB - 3) + [-3.0, -2.0, -1.0])
+    writer.add_token_types([TokenType.UNKNOWN, *[TokenType.CONTROL] * 2, *[TokenType.BYTE] * 255, *[TokenType.NORMAL] * 3])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def _add_gemma(writer: GGUFWriter, kind: str) -> None:
+    """Gemma's: no blank in front, and runs of blanks are tokens, which the SentencePiece file has as they are typed."""
+    writer.add_tokenizer_model("gemma4" if kind == "gemma4" else "llama")
+    writer.add_token_list(["<pad>", "<eos>", "<bos>", "<unk>", *FALLBACK, "▁", "▁▁" if kind == "gemma4" else "  "])
+    last = TokenType.NORMAL if kind == "gemma4" else TokenType.USER_DEFINED
+    writer.add_token_types([*[TokenType.CONTROL] * 3, TokenType.UNKNOWN, *[TokenType.BYTE] * 255, TokenType.NORMAL, last])
+    writer.add_token_scores([-float(id) for id in range(VOCAB)])
+    if kind == "gemma4":
+        writer.add_token_merges(["▁ ▁"])
+    writer.add_pad_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(2)
+    writer.add_unk_token_id(3)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
+
+
+_RULES = ("gpt-2", "llama-bpe", "qwen2", "refact", "starcoder", "falcon", "gpt-4o")
+_VOCABULARIES: dict[str, Callable[[GGUFWriter, str], None]] = {
+    **dict.fromkeys(_RULES, _add_bytes),
+    "sentencepiece": _add_sentencepiece,
+    "gemma": _add_gemma,
+    "gemma4": _add_gemma,
+}
+_PUBLISHED = {
+    # Those of the first three have rules that are not known here.
+    **dict.fromkeys(("bloom", "minimax-m2", "stablelm", "gpt2"), "gpt-2"),
+    "llama": "llama-bpe",
+    **dict.fromkeys(("qwen2", "qwen2moe", "qwen3", "qwen3moe"), "qwen2"),
+    "granite": "refact",
+    "starcoder2": "starcoder",
+    "falcon": "falcon",
+    "gpt-oss": "gpt-4o",
+    **dict.fromkeys(("phi3", "nemotron"), "sentencepiece"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3"), "gemma"),
+    "gemma4": "gemma4",
+}
+"""`Kind.vocabulary` by the architecture; of llama, it is the dense ones'."""
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from export.errors import ExportError
-from export.tokenizer import TextSide, read_template, read_text, write_text
+from export.tokenizer import TextSide, checked, read_template, read_text, write_text
 from export.tools import detect
 from runtime import bundle
 from runtime.bundle import FORMAT, Bundle, Source
@@ -150,16 +150,67 @@ def test_the_calls_of_tools_are_looked_for_in_the_template_for_them(tmp_path: Pa
     assert detect(read_text(save(tmp_path / "one", DEFAULT))) is None
 
 
-@pytest.mark.parametrize("name", ["../out", "a/b", "", ".hidden", "a b"])
+@pytest.mark.parametrize("name", ["../out", "a/b", "", ".hidden", "a b", None, 7])
 def test_a_name_that_is_no_files_name_is_refused(tmp_path: Path, name: str) -> None:
     folder = save(tmp_path / "model", listed({"default": DEFAULT, name: RAG}))
     with pytest.raises(ExportError, match="that cannot be kept"):
         read_text(folder)
 
 
-def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="that cannot be kept"):
-        read_text(save(tmp_path / "model", [{"name": "default", "template": 7}]))
+@pytest.mark.parametrize(
+    ("templates", "sentence"),
+    [
+        ([{"name": "default", "template": 7}], "has a chat template 'default' that cannot be kept"),
+        (5, "has a chat template 'default' that cannot be kept"),
+        ([{"template": "x"}], r"tokenizer_config\.json has a list as its chat_template, and an entry of that has no name"),
+        (["x"], r"tokenizer_config\.json has a list as its chat_template, and an entry of that has no name"),
+    ],
+)
+def test_a_template_that_is_no_text_is_refused(tmp_path: Path, templates: Any, sentence: str) -> None:
+    with pytest.raises(ExportError, match=sentence):
+        read_text(save(tmp_path / "model", templates))
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/rag.jinja"])
+def test_a_templates_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path / "model", TEMPLATES, apart=True) / name
+    path.write_bytes(b"{{ '\xff' }}")
+    with pytest.raises(ExportError, match=rf"^the chat template {path} is not UTF-8 text"):
+        read_text(tmp_path / "model")
+    path.unlink()
+    path.symlink_to("nowhere")
+    with pytest.raises(ExportError, match=rf"^the chat template {path} cannot be read: No such file or directory"):
+        read_text(tmp_path / "model")
+
+
+TOO_DEEP = {
+    "parentheses": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "conditions": "{% if 1 %}" * 400 + "{% endif %}" * 400,
+    "loops": "{% for a in [1] %}" * 30 + "{% endfor %}" * 30,
+    "a number": "{{ " + "9" * 5000 + " }}",
+}
+
+
+@pytest.mark.parametrize("kind", TOO_DEEP)
+def test_a_template_that_cannot_be_compiled_is_refused(tmp_path: Path, kind: str) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text(TOO_DEEP[kind])
+    for read in (lambda: read_text(save(tmp_path / "model", TOO_DEEP[kind])), lambda: read_template(own)):
+        with pytest.raises(ExportError) as refused:
+            read()
+        assert "is not valid jinja2 (line 1: it cannot be compiled: " in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_special_token_may_have_any_name(tmp_path: Path) -> None:
+    tokens = {"most": "<image>", "source": "<tool>", "self": "<sep>", "tokens": "<pad>"}
+    folder = save(tmp_path / "model", "{{ most }}{{ source }}{{ tokens }}{{ messages[-1].content }}")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"extra_special_tokens": tokens}))
+    side = checked(read_text(folder), 10_000, folder)
+    assert tokens.items() <= side.special_tokens.items()
+    text = bundled(side, tmp_path / "bundle")
+    assert text.decode(text.chat(CHAT)).startswith("<image><tool><pad>")
 
 
 def test_a_template_of_ones_own_takes_the_place_of_all(tmp_path: Path) -> None:
@@ -197,12 +248,13 @@ def test_a_template_of_ones_own_that_is_none_is_refused_before_anything_is_loade
 
 
 def test_a_gguf_has_its_templates_and_its_tokens_by_the_same_names(tmp_path: Path) -> None:
-    tokens = [chr(code) for code in range(33, 127)] + list(NAMED.values())
+    tokens = [*(chr(code) for code in range(33, 127)), "ab", *NAMED.values()]
     writer = GGUFWriter(tmp_path / "tiny.gguf", "llama")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * (len(tokens) - len(NAMED)) + [3] * len(NAMED))
+    writer.add_token_merges(["a b"])
     for kind, token in zip(("bos", "eos", "unknown", "seperator", "padding", "cls", "mask"), NAMED.values(), strict=True):
         writer.add_uint32(f"tokenizer.ggml.{kind}_token_id", tokens.index(token))
     writer.add_chat_template(listed(TEMPLATES))

@@ -341,6 +341,28 @@ def test_given_metadata_that_is_nonsense_when_loaded_then_a_sentence_says_so(
     assert "\n" not in str(error.value)
 
 
+# Text ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", tiny_gguf.KINDS)
+def test_given_a_gguf_with_its_own_kind_of_vocabulary_when_its_text_is_read_then_every_character_comes_back(
+    name: str, files: Path
+) -> None:
+    path = kind(name, files)
+    side = tokenizer.checked(tokenizer.read_text(path.parent, path.name), tiny_gguf.VOCAB, path)
+    for text in ("Is it there?", "  two blanks,   three\n\n and Ünïcode", "\tt t"):
+        assert side.tokenizer.decode(side.tokenizer.encode(text).ids) == text
+    assert len(side.stop_ids) == 1
+    assert side.notes == ()
+
+
+def test_given_a_key_of_the_tokenizer_that_is_not_known_when_loaded_then_no_weight_is_read(files: Path) -> None:
+    file = gguf_file.read(kind("llama", files))
+    strange = replace(file, keys={**file.keys, "tokenizer.ggml.lowercase": True})
+    with pytest.raises(UnsupportedModel, match=r"has the key tokenizer\.ggml\.lowercase, which is not known here"):
+        gguf_model.interpret(strange)
+
+
 # Tensors -------------------------------------------------------------------------------------------------------------------
 
 
@@ -476,6 +498,35 @@ def test_given_parts_of_other_places_when_loaded_then_they_are_refused(tmp_path:
     parts[2].write_bytes(kept)
     with pytest.raises(ExportError, match="says that it is part 3 of 3, its name that it is part 2 of 3; give the parts"):
         source.load(source.fetch(ModelReference(path=str(parts[0])), tmp_path))
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["counted", "not counted"])
+def test_given_a_tensor_in_two_parts_when_loaded_then_it_is_refused_by_its_name(told: bool, tmp_path: Path) -> None:
+    kind = tiny_gguf.KINDS["llama"]
+    whole = gguf.GGUFReader(tiny_gguf.write("llama", tmp_path / "whole.gguf"))
+    held = [tensor.name for tensor in whole.tensors]
+    for part, names in enumerate((held, ["token_embd.weight"])):
+        writer = GGUFWriter(tmp_path / f"x-0000{part + 1}-of-00002.gguf", kind.architecture)
+        for name, field in whole.fields.items() if part == 0 else ():
+            if not name.startswith("GGUF.") and name != "general.architecture":
+                writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+        writer.add_uint16("split.no", part)
+        writer.add_uint16("split.count", 2)
+        if told:
+            writer.add_int32("split.tensors.count", len(held) + 1)
+        for name in names:
+            writer.add_tensor(name, np.zeros((tiny_gguf.VOCAB, 64), np.float32) if part else np.array(tensor_of(whole, name)))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    first = tmp_path / "x-00001-of-00002.gguf"
+    with pytest.raises(ExportError, match=r"^the parts of .* hold token_embd\.weight more than once"):
+        source.load(source.fetch(ModelReference(path=str(first)), tmp_path))
+
+
+def tensor_of(reader: gguf.GGUFReader, name: str) -> Any:
+    return next(tensor.data for tensor in reader.tensors if tensor.name == name)
 
 
 def test_given_one_part_under_a_name_of_its_own_when_loaded_then_it_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import engineshed
 from export import corpus
@@ -180,6 +180,53 @@ def test_a_tokenizer_that_transformers_rebuilds_badly_is_told_of(tmp_path: Path)
         checked(read_text(folder, choice="transformers"), len(tokens), folder)
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["in the folder", "outside of it"])
+@pytest.mark.parametrize("choice", ["file", "transformers"])
+def test_a_configuration_that_names_another_file_is_refused(tmp_path: Path, apart: bool, choice: Any) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    other = (tmp_path if apart else folder) / "tokenizer.4.0.0.json"
+    byte_level(r"\p{N}|[^\p{N}]+").save(str(other))
+    save(folder, byte_level(), fast_tokenizer_files=["tokenizer.json", str(other) if apart else other.name])
+    with pytest.raises(ExportError, match=rf"^{folder}/tokenizer_config\.json has the entry fast_tokenizer_files"):
+        read_text(folder, choice=choice)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"[]", "is not a JSON object"),
+        (b"null", "is not a JSON object"),
+        (b"{", "is not valid JSON"),
+        (b"\xff", "is not valid"),
+    ],
+)
+def test_a_file_beside_the_vocabulary_that_is_none_is_named(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
+    (save(tmp_path, byte_level()) / name).write_bytes(content)
+    with pytest.raises(ExportError, match=rf"^{tmp_path}/{name} {sentence}"):
+        read_text(tmp_path)
+
+
+def test_a_vocabulary_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+    (save(tmp_path, byte_level()) / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(ExportError, match=rf"^{tmp_path}/tokenizer\.json cannot be read \(.*[Dd]irectory"):
+        read_text(tmp_path)
+
+
+def test_what_transformers_says_on_many_lines_becomes_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("The backend failed in one of:\n(1) a file, \n(2) a class\nPlease open an issue.")
+
+    save(tmp_path, byte_level())
+    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", fail)
+    with pytest.raises(ExportError) as refused:
+        read_text(tmp_path)
+    assert "tokenizer.json (The backend failed in one of: (1) a file, (2) a class" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 # What is no tokenizer ------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +280,23 @@ def test_an_end_that_the_model_never_gives_is_none(tmp_path: Path) -> None:
     assert checked(side, 300, folder).stop_ids == (SIZE - 2, 7)
     with pytest.raises(ExportError, match="has eos_token_id '7', which is not a token's id"):
         read_text(folder, generation_config=GenerationConfig(eos_token_id="7"))
+
+
+@pytest.mark.parametrize("said", [True, [[2]], {"a": 1}, [True], "7", 2.0, [2, None]])
+def test_an_end_that_is_no_token_is_refused(tmp_path: Path, said: Any) -> None:
+    config = GenerationConfig()
+    config.eos_token_id = said
+    with pytest.raises(ExportError, match=r"^generation_config\.json of .* has eos_token_id .*, which is not a token's id"):
+        read_text(save(tmp_path, byte_level()), generation_config=config)
+
+
+@pytest.mark.parametrize("ends", [None, 100_000, -1])
+def test_a_model_whose_answers_never_end_is_told_of(tmp_path: Path, ends: int | None) -> None:
+    folder = save(tmp_path, byte_level(), eos_token=None)
+    side = checked(read_text(folder, generation_config=GenerationConfig(eos_token_id=ends)), 300, folder)
+    assert side.stop_ids == ()
+    assert side.notes[-1].startswith(f"no token ends an answer of {folder}: neither its tokenizer nor its generation_config")
+    assert checked(read_text(folder, generation_config=GenerationConfig(eos_token_id=7)), 300, folder).notes == ()
 
 
 @pytest.mark.parametrize("task", ["text-generation", "feature-extraction"])

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from gguf import GGUFValueType, GGUFWriter, TokenType
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, TokenType
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GenerationConfig, TokenizersBackend
+from transformers import GenerationConfig, TokenizersBackend
 
+from export import gguf_file, gguf_tokenizer
 from export.errors import ExportError
+from export.sampling import read_sampling
 from export.splits import SPLITS
 from export.tokenizer import read_text, write_text
 
@@ -29,20 +31,23 @@ BOS, END, TURN, GAP = (TOKENS.index(token) for token in ("<s>", "<|end|>", "<｜
 
 
 def write_gguf(
-    folder: Path, kind: str, tokens: Sequence[str], types: Sequence[int], pre: str | None = None, **more: Any
+    folder: Path,
+    kind: str,
+    tokens: Sequence[str],
+    types: Sequence[int],
+    pre: str | None = None,
+    architecture: str = "llama",
+    /,
+    **more: Any,
 ) -> str:
-    """A GGUF file without weights; `more` are further metadata of the tokenizer. Its name."""
-    writer = GGUFWriter(folder / "tiny.gguf", "llama")
-    for key, value in {"block_count": 1, "context_length": 64, "embedding_length": 8, "feed_forward_length": 8}.items():
-        writer.add_uint32(f"llama.{key}", value)
-    writer.add_uint32("llama.attention.head_count", 1)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    """A GGUF file without weights; `more` are further metadata of the tokenizer, of which those that are None are left out. Its
+    name.
+    """
+    writer = GGUFWriter(folder / "tiny.gguf", architecture)
     writer.add_tokenizer_model(kind)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    if pre is not None:
-        writer.add_tokenizer_pre(pre)
-    for key, value in more.items():
+    for key, value in ({"tokens": tokens, "token_type": [int(type) for type in types], "pre": pre} | more).items():
+        if value is None:
+            continue
         name = "tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}"
         writer.add_key_value(name, value, GGUFValueType.get_type(value))
     writer.write_header_to_file()
@@ -168,16 +173,194 @@ def test_a_gguf_that_names_a_token_twice_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGML" * 10)
-    with pytest.raises(ExportError, match="cannot be read as a GGUF file"):
-        read_text(tmp_path, "x.gguf")
-    with pytest.raises(ExportError, match="cannot be read as a GGUF file"):
+    for read in (lambda: read_text(tmp_path, "x.gguf"), lambda: read_sampling(tmp_path, "x.gguf")):
+        with pytest.raises(ExportError, match=r"x\.gguf could not be loaded: .*; it is cut off or not a GGUF"):
+            read()
+    with pytest.raises(ExportError, match=r"lacks 1 of the 1 parts of absent \(absent\.gguf\)"):
         read_text(tmp_path, "absent.gguf")
 
 
-def test_a_kind_of_vocabulary_that_nobody_converts_is_refused(tmp_path: Path) -> None:
-    name = write_gguf(tmp_path, "bert", ["[PAD]", "[UNK]", "a"], [TokenType.NORMAL] * 3)
-    with pytest.raises(ExportError, match=rf"^{tmp_path}/tiny\.gguf has no tokenizer that transformers can load: .*'bert'"):
-        read_text(tmp_path, name)
+@pytest.mark.parametrize("kind", ["bert", "t5", "rwkv", "none"])
+@pytest.mark.parametrize("choice", ["file", "transformers"])
+def test_a_kind_of_vocabulary_that_is_not_read_is_refused(tmp_path: Path, kind: str, choice: Any) -> None:
+    name = write_gguf(tmp_path, kind, ["[PAD]", "[UNK]", "a"], [TokenType.NORMAL] * 3, scores=[0.0] * 3)
+    with pytest.raises(ExportError, match=rf"^{tmp_path}/tiny\.gguf has a vocabulary of the kind '{kind}'"):
+        read_text(tmp_path, name, choice=choice)
+
+
+# What a GGUF says of text --------------------------------------------------------------------------------------------------
+
+
+SPACED = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "h", "▁h", "<|x|>"]
+SPACED_TYPES = [
+    TokenType.UNKNOWN,
+    *[TokenType.CONTROL] * 2,
+    *[TokenType.BYTE] * 256,
+    *[TokenType.NORMAL] * 3,
+    TokenType.CONTROL,
+]
+SPACED_SCORES = [0.0] * 259 + [-3.0, -2.0, -1.0, 0.0]
+
+
+def spaced_gguf(folder: Path, architecture: str = "llama", **more: Any) -> str:
+    """A vocabulary of SentencePiece's kind."""
+    keys = {"scores": SPACED_SCORES, "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0} | more
+    return write_gguf(folder, "llama", SPACED, SPACED_TYPES, None, architecture, **keys)
+
+
+BLANKS = {
+    True: {
+        "h h": ["▁h", "▁h"],
+        " h": ["▁", "▁h"],
+        "<s>h": ["<s>", "▁h"],
+        "h<|x|>h <|x|> h": ["▁h", "<|x|>", "▁h", "▁", "<|x|>", "▁", "▁h"],
+    },
+    False: {
+        "h h": ["h", "▁h"],
+        " h": ["▁h"],
+        "<s>h": ["<s>", "h"],
+        "h<|x|>h <|x|> h": ["h", "<|x|>", "h", "▁", "<|x|>", "▁h"],
+    },
+}
+"""The tokens of texts with `add_space_prefix` and without, by `llama_vocab::impl::tokenize` in llama.cpp."""
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "qwen2", "stablelm", "granite", "gemma", "gemma2", "gemma3"])
+@pytest.mark.parametrize("said", [None, True, False])
+def test_a_blank_stands_in_front_of_a_text_where_llama_cpp_puts_one(
+    tmp_path: Path, architecture: str, said: bool | None
+) -> None:
+    side = read_text(tmp_path, spaced_gguf(tmp_path, architecture, add_space_prefix=said, add_bos_token=False))
+    for text, tokens in BLANKS[said is not False].items():
+        assert spelled(side.tokenizer, text) == tokens, text
+    for text in ("h h", " h", "  h h", "ü\n h"):
+        assert side.tokenizer.decode(side.tokenizer.encode(text).ids) == text
+
+
+def test_a_byte_level_vocabulary_has_no_blank_in_front(tmp_path: Path) -> None:
+    for said in (True, False):
+        tokenizer = read_text(tmp_path, byte_level_gguf(tmp_path, add_space_prefix=said)).tokenizer
+        assert spelled(tokenizer, "h") == ["h"]
+
+
+def test_gemma_4_begins_with_bos_whatever_its_file_says(tmp_path: Path) -> None:
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "h", "▁h"]
+    types = [*[TokenType.CONTROL] * 3, TokenType.UNKNOWN, *[TokenType.BYTE] * 256, *[TokenType.NORMAL] * 3]
+    ids = {"bos_token_id": 2, "eos_token_id": 1, "unknown_token_id": 3, "padding_token_id": 0, "add_bos_token": False}
+    name = write_gguf(tmp_path, "gemma4", tokens, types, None, "gemma4", merges=["▁ h"], add_space_prefix=True, **ids)
+    side = read_text(tmp_path, name)
+    assert spelled(side.tokenizer, "h h") == ["<bos>", "h", "▁h"]
+    assert side.stop_ids == (1,)
+
+
+def test_a_sentencepiece_vocabulary_has_llama_cpps_tokens_where_its_file_names_none(tmp_path: Path) -> None:
+    side = read_text(tmp_path, spaced_gguf(tmp_path, bos_token_id=None, eos_token_id=None, unknown_token_id=None))
+    assert spelled(side.tokenizer, "h") == ["<s>", "▁h"]
+    assert (side.stop_ids, side.special_tokens) == (
+        (2,),
+        {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma"])
+@pytest.mark.parametrize("choice", ["file", "transformers"])
+def test_no_token_is_made_up_that_the_file_has_not(tmp_path: Path, architecture: str, choice: Any) -> None:
+    """The classes in transformers add tokens of their own, with ids that the model has not."""
+    tokens = [token.replace("<s>", "<|s|>").replace("</s>", "<|/s|>") for token in SPACED]
+    keys = {"scores": SPACED_SCORES, "bos_token_id": 1, "eos_token_id": 2}
+    side = read_text(tmp_path, write_gguf(tmp_path, "llama", tokens, SPACED_TYPES, None, architecture, **keys), choice=choice)
+    assert max(side.tokenizer.encode("h <s> </s> <bos> <mask> <pad>").ids) < len(tokens) == side.tokenizer.get_vocab_size()
+
+
+def test_merges_in_a_sentencepiece_file_count_for_nothing(tmp_path: Path) -> None:
+    tokenizer = read_text(tmp_path, spaced_gguf(tmp_path, merges=["h h"])).tokenizer
+    assert spelled(tokenizer, "h h") == ["<s>", "▁h", "▁h"]
+
+
+def test_more_tokens_may_end_an_answer(tmp_path: Path) -> None:
+    assert read_text(tmp_path, byte_level_gguf(tmp_path, eos_token_ids=[TURN, END])).stop_ids == (END, TURN)
+
+
+def test_a_key_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match=r"has the key tokenizer\.ggml\.lowercase, which is not known here and may change how"
+    ):
+        read_text(tmp_path, byte_level_gguf(tmp_path, lowercase=True))
+    with pytest.raises(ExportError, match=r"has the key tokenizer\.ggml\.precompiled_charsmap \(the normalization of t5's"):
+        read_text(tmp_path, spaced_gguf(tmp_path, precompiled_charsmap=[1, 2]))
+    with pytest.raises(ExportError, match=r"has the key tokenizer\.ggml\.add_sep_token \("):
+        read_text(tmp_path, spaced_gguf(tmp_path, add_sep_token=True))
+
+
+def test_a_key_that_changes_no_token_of_a_text_is_taken_or_told_of(tmp_path: Path) -> None:
+    harmless = {"add_sep_token": False, "remove_extra_whitespaces": True, "fim_pre_token_id": 3, "token_type_count": 1}
+    plain = read_text(tmp_path, spaced_gguf(tmp_path))
+    more = read_text(tmp_path, spaced_gguf(tmp_path, "llama", **harmless))
+    assert plain.tokenizer.to_str() == more.tokenizer.to_str()
+    assert more.notes == ()
+    (note,) = read_text(tmp_path, spaced_gguf(tmp_path, suppress_tokens=[5])).notes
+    assert note.startswith("tokenizer.ggml.suppress_tokens of tiny.gguf is left out: tokens that are never to be drawn")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"token_type": [1, 2, 3]}, r"has no tokenizer\.ggml\.token_type, or less of it than its \d+ tokens need"),
+        ({"token_type": 3}, r"has tokenizer\.ggml\.token_type = 3, where it has to be a list of numbers"),
+        ({"scores": [0.0]}, r"has no tokenizer\.ggml\.scores, or less of it"),
+        ({"scores": None}, r"has no tokenizer\.ggml\.scores, or less of it"),
+        ({"eos_token_id": 1.0}, "names 1.0 as its eos, which is not a token's id"),
+        ({"eos_token_id": True}, "names True as its eos, which is not a token's id"),
+        ({"eos_token_id": "x"}, "names 'x' as its eos, which is not a token's id"),
+        ({"eos_token_id": [1, 2]}, r"names \[1, 2\] as its eos, which is not a token's id"),
+        ({"eos_token_id": -1}, r"names token -1 as its eos, of \d+ tokens"),
+        ({"padding_token_id": 999}, r"names token 999 as its padding, of \d+ tokens"),
+        ({"eos_token_ids": [2, -1]}, r"has tokenizer\.ggml\.eos_token_ids = \[2, -1\], where it has to be ids of its tokens"),
+        ({"eos_token_ids": 2}, r"has tokenizer\.ggml\.eos_token_ids = 2, where it has to be a list of numbers"),
+        ({"add_bos_token": "false"}, r"has tokenizer\.ggml\.add_bos_token = 'false', where it has to be true or false"),
+        ({"add_space_prefix": 0}, r"has tokenizer\.ggml\.add_space_prefix = 0, where it has to be true or false"),
+        ({"pre": 5}, r"has tokenizer\.ggml\.pre = 5, where it has to be a text"),
+        ({"tokens": [1, 2]}, r"has tokenizer\.ggml\.tokens = \[1, 2\], where it has to be a list of texts"),
+        ({"chat_template": 5}, "has a chat template 'default' that cannot be kept"),
+    ],
+)
+def test_metadata_that_cannot_be_meant_is_refused(tmp_path: Path, change: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ExportError, match=complaint) as refused:
+        read_text(tmp_path, spaced_gguf(tmp_path, **change))
+    assert str(refused.value).startswith(str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"merges": None}, r"has no tokenizer\.ggml\.merges, or less of it"),
+        ({"merges": ["ll"]}, "merges of .* do not fit its vocabulary"),
+        ({"add_eos_token": True, "eos_token_id": None}, "adds EOS to a text .* and does not say which token that is"),
+    ],
+)
+def test_bytes_without_what_their_text_needs_are_refused(tmp_path: Path, change: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ExportError, match=complaint):
+        read_text(tmp_path, byte_level_gguf(tmp_path, **change))
+
+
+def test_the_metadata_is_read_once_while_the_file_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def opening(path: Path) -> GGUFReader:
+        opened.append(path.name)
+        return GGUFReader(path)
+
+    monkeypatch.setattr(gguf_file, "GGUFReader", opening)
+    name = byte_level_gguf(tmp_path)
+    gguf_file.read(tmp_path / name)
+    first = read_text(tmp_path, name)
+    read_sampling(tmp_path, name)
+    assert opened == [name]
+    byte_level_gguf(tmp_path, eos_token_id=TURN)
+    assert first.stop_ids == (END,)
+    assert read_text(tmp_path, name).stop_ids == (TURN,)
+    assert opened == [name, name]
 
 
 def trained() -> sentencepiece.SentencePieceProcessor:
@@ -222,18 +405,15 @@ def test_a_sentencepiece_gguf_has_sentencepieces_own_tokens(tmp_path: Path, besi
     side = read_text(tmp_path, sentencepiece_gguf(tmp_path, original))
     assert (side.special_tokens["bos_token"], side.stop_ids) == ("<s>", (original.eos_id(),))
     assert side.templates == {}
-    for text in ("the lazy fox", "Hello, wörld 42!", "你好 👩‍🚀", "a  b\n\nc\t", "quick"):
+    for text in ("the lazy fox", "Hello, wörld 42!", "你好 👩‍🚀", "a  b\n\nc\t", "quick", " fox", "  the fox "):
         expected = original.encode(text)
         assert side.tokenizer.encode(text).ids == [original.bos_id(), *expected], text
         assert side.tokenizer.decode(expected) == original.decode(expected) == text
 
 
 def test_a_conversion_with_other_tokens_than_the_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one was that transformers mixed with the files beside it."""
-    other = tmp_path / "other"
-    save_folder(other, None)
-    foreign = AutoTokenizer.from_pretrained(other)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: foreign)
+    foreign = Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a"))
+    monkeypatch.setattr(gguf_tokenizer, "convert_gguf_tokenizer", lambda *_: (foreign, {}))
     with pytest.raises(ExportError, match=r"makes another tokenizer of .*tiny\.gguf: token \d+ is .* and .* in the file"):
         read_text(tmp_path, sentencepiece_gguf(tmp_path, trained()))
 

@@ -53,7 +53,7 @@ TOOL_LIST: list[dict[str, Any]] = [{"type": "function", "function": {"name": "f"
 
 def render(source: str, messages: list[dict[str, Any]] | None = None, most: int = 100_000, **options: Any) -> str:
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
-    return ChatTemplate(source, most=most, **tokens).render(messages or [], **options)
+    return ChatTemplate(source, most=most, tokens=tokens).render(messages or [], **options)
 
 
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
@@ -133,6 +133,12 @@ def test_a_template_may_fill_what_it_may() -> None:
 def test_a_damaged_template_is_found_before_it_is_used() -> None:
     with pytest.raises(jinja2.TemplateSyntaxError):
         ChatTemplate("{% for %}", most=10)
+
+
+@pytest.mark.parametrize("source", ["{{ " + "(" * 3000 + ")" * 3000 + " }}", "{% for a in [1] %}" * 30 + "{% endfor %}" * 30])
+def test_a_template_that_is_nested_too_deeply_is_no_template(source: str) -> None:
+    with pytest.raises(jinja2.TemplateSyntaxError, match="it cannot be compiled: "):
+        ChatTemplate(source, most=10)
 
 
 def expected_continuation(source: str, messages: list[dict[str, Any]]) -> str:
@@ -231,4 +237,4 @@ def test_options_reach_pythons_internals_no_more_than_messages_do() -> None:
     ],
 )
 def test_what_a_template_takes_is_read_from_its_text(source: str, expected: Shape) -> None:
-    assert ChatTemplate(source, most=10_000, bos_token="<s>", eos_token="</s>").shape == expected
+    assert ChatTemplate(source, most=10_000, tokens={"bos_token": "<s>", "eos_token": "</s>"}).shape == expected

@@ -652,7 +652,7 @@ def test_a_chat_template_shows_how_its_model_writes_calls(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_conversation_with_tools_works_with_any_template(family: str) -> None:
     source, _, name = FAMILIES[family]
-    template = ChatTemplate(source, most=10_000, bos_token="<s>", eos_token="</s>")
+    template = ChatTemplate(source, most=10_000, tokens={"bos_token": "<s>", "eos_token": "</s>"})
     chat = CHAT if template.shape.system and family != "mistral" else CHAT[1:]
     messages, tools = prepare(chat, [WEATHER], format_of(name), template.shape)
     prompt = template.render(messages, tools=tools)
