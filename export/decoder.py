@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from export.cache import Dialect, Layer
 from export.errors import UnsupportedModel
+from export.graph import widen_bfloat16
 from export.library_messages import silence
 from export.operators import TRANSLATIONS
 from export.step import StepModule, Survey, in_dtype, prepare
@@ -83,6 +84,8 @@ def trace(
     except Exception as error:  # torch.export hands on whatever the model's code raises under tracing
         raise UnsupportedModel(f"{type(model).__name__} cannot be traced to ONNX: {failure(error)}") from error
     assert program is not None
+    if dtype == torch.float32:
+        widen_bfloat16(program.model.graph)
     return program.model
 
 

@@ -66,6 +66,31 @@ def tidy(model: ir.Model) -> None:
     common.RemoveUnusedOpsetsPass()(model)
 
 
+def widen_bfloat16(graph: ir.Graph) -> None:
+    """Compute in float32 what a float32 model computes in bfloat16, and round it afterwards: the CPU's kernels have no such
+    arithmetic. Falcon's ALiBi is such a product.
+    """
+    for node in [node for node in graph if node.op_type != "Cast"]:
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype == ir.DataType.BFLOAT16:
+                wide = _cast(value, ir.DataType.FLOAT, f"{node.name}.wide_{index}")
+                graph.insert_before(node, wide)
+                node.replace_input_with(index, wide.outputs[0])
+        for value in node.outputs:
+            if value.dtype == ir.DataType.BFLOAT16:
+                value.dtype = ir.DataType.FLOAT
+                rounded = _cast(value, ir.DataType.BFLOAT16, f"{value.name}.rounded")
+                for user, index in [use for use in value.uses() if use.node is not rounded]:
+                    user.replace_input_with(index, rounded.outputs[0])
+                graph.insert_after(node, rounded)
+
+
+def _cast(value: ir.Value, to: ir.DataType, name: str) -> ir.Node:
+    node = ir.node("Cast", [value], {"to": to}, name=name)
+    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = name, value.shape, ir.TensorType(to)
+    return node
+
+
 def _drop_unused_inputs(graph: ir.Graph) -> None:
     kept = [value for value in graph.inputs if value.uses() or value in graph.outputs]
     graph.inputs.clear()
