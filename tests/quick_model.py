@@ -1,7 +1,8 @@
 """A stand-in for the default model that answers some ten times as fast: `python -m tests.quick_model FOLDER`.
 
-It has the default model's name, tokenizer, chat template, sampling and length, two small layers of random weights, and says any words.
-With the variable TEST_ENGINES=FOLDER the tests of the server run over it, as on a machine ten times as fast: `make test-quick`.
+It has the default model's name, tokenizer, chat template, sampling and length, two small layers of random weights, and says any
+words. With the variable TEST_ENGINES=FOLDER the tests of the server run over it, as on a machine ten times as fast:
+`make test-quick`.
 """
 
 import argparse

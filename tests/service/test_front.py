@@ -70,7 +70,7 @@ async def test_a_scrape_tells_how_things_stand_then_and_not_at_the_last_heartbea
 
             async def both_run() -> bool:  # but for the moments between an answer's end and the next step
                 (engine,) = (await running.status())["engines"]
-                return engine["beat"]["running"] == await running.metric("engineshed_requests_running") == 2
+                return bool(engine["beat"]["running"] == 2 == await running.metric("engineshed_requests_running"))
 
             await running.until(both_run)
             for task in asked:
