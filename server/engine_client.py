@@ -65,14 +65,6 @@ class SlowReaderError(Exception):
     """The answer's reader fell more than PENDING_TOKENS behind."""
 
 
-class Rows(Protocol):
-    """Where an answer's rows come from."""
-
-    async def rows(self) -> list[Row]:
-        """See `Answer.rows`."""
-        ...
-
-
 class Answer:
     """The rows of one request, as they come."""
 
