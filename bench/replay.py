@@ -17,7 +17,18 @@ import zmq
 
 from bench.arguments import number
 from runtime import messages, orphan
-from runtime.messages import Attach, Cancel, Finish, Generate, Heartbeat, HeartbeatRequest, Progress, Ready, Row
+from runtime.messages import (
+    Attach,
+    Cancel,
+    Finish,
+    Generate,
+    Heartbeat,
+    HeartbeatAnswer,
+    HeartbeatRequest,
+    Progress,
+    Ready,
+    Row,
+)
 
 LOGPROB = -0.5
 
@@ -97,15 +108,15 @@ class Replay:
                     if self._left.get(owner, {}).pop(id_, None) is not None:
                         self._send(owner, Progress([Row(id_, [], [], "cancelled")]))
                 case HeartbeatRequest(asked):
-                    self._send(owner, self._heartbeat(asked))
+                    self._send(owner, HeartbeatAnswer(asked, self._heartbeat()))
 
     def _beat(self) -> None:
         for owner in list(self._left):
             self._send(owner, self._heartbeat())
 
-    def _heartbeat(self, asked: int = 0) -> Heartbeat:
+    def _heartbeat(self) -> Heartbeat:
         numbers: dict[str, float] = {field.name: 0 for field in msgspec.structs.fields(Heartbeat) if field.required}
-        numbers |= {"running": sum(map(len, self._left.values())), "steps": self._steps, "number": asked}
+        numbers |= {"running": sum(map(len, self._left.values())), "steps": self._steps}
         return msgspec.convert(numbers, Heartbeat)
 
     def _send(self, owner: bytes, reply: messages.Reply) -> None:

@@ -43,7 +43,8 @@ arrive as a Poisson process whether the server keeps up or not, and times count 
 
 EPILOG = """\
 Lengths are a number (128), uniform:32-512, or lognormal:128,0.6 (median, sigma; a third number is the greatest).
-Answers are greedy, and as long as asked where the server knows ignore_eos; what came is counted by its own usage.
+Answers are greedy, without a repetition penalty and as long as asked where the server knows repetition_penalty and
+ignore_eos, whatever the model's own defaults are; what came is counted by the server's own usage.
 An event with several tokens counts as that many; where a server does not tell how many, each carries the answer's average.
 Every request has a connection of its own, which its time includes.
 Failed requests (429, 503, broken streams) are counted and shown; their times are in no figure.
@@ -55,9 +56,14 @@ START_SECONDS = 300.0
 _NOT_YET = {"no connection", "broken", "503"}
 """Why a server that is starting fails to answer."""
 
-_EXTENSIONS = {"ignore_eos": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-"""What servers know beyond OpenAI's fields: an answer goes on until it has max_tokens (vLLM, SGLang, llama.cpp), and every
-event tells the tokens so far (vLLM)."""
+_EXTENSIONS = {
+    "ignore_eos": True,
+    "repetition_penalty": 1,
+    "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+}
+"""What servers know beyond OpenAI's fields: an answer goes on until it has max_tokens (vLLM, SGLang, llama.cpp), a model's own
+penalty, which some apply to greedy answers and others do not know, is left out (vLLM, SGLang; llama.cpp, which has another name
+for it and passes over this one, has none unless asked), and every event tells the tokens so far (vLLM)."""
 
 _CHANCE = 0.05
 """Share of the prompts' tokens that may have been computed before without having been meant to."""

@@ -231,8 +231,9 @@ class Loop:
         prompt = self.slots.prefilling
         if past and prompt is not None and not prompt.replayed:  # for no prompt shall a stream wait
             prompt.scored = []  # which begins anew, since scores are found by computing
-            self._outgrown.appendleft(self.slots.pause())
-        self._outgrown.extendleft(reversed(past))
+            past.append(self.slots.pause())
+        if past:  # first come, first computed; the prompt last
+            self._outgrown = deque(sorted([*self._outgrown, *past], key=lambda sequence: not sequence.replayed))
         return within
 
     def _within(self, sequences: list[Sequence]) -> list[Sequence]:
@@ -303,10 +304,9 @@ class Loop:
         if self._speculates(sequence):
             self._ask_drafter(lambda drafter: drafter.read(sequence.slot, sequence.prefix[:end]))
         self._pace.prefilled(size, time.perf_counter() - start)
+        self.counters.prompt_tokens += sequence.count_prompt(end)
         sequence.computed = end
         self.slots.prefilled(sequence)
-        if not sequence.replayed:
-            self.counters.prompt_tokens += size
         if not last:
             return []
         self.slots.promote()

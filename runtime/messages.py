@@ -1,7 +1,7 @@
 """What crosses a process boundary: msgpack over ZeroMQ, one frame a message.
 
 A worker binds a ROUTER socket; each front end connects a DEALER to it. A front end sends `Attach` and gets `Ready`; from
-then on it sends `Generate`, `Cancel` and `HeartbeatRequest`, and gets `Refused`, `Progress` and `Heartbeat`. Every `Generate`
+then on it sends `Generate`, `Cancel` and `HeartbeatRequest`, and gets `Refused`, `Progress` and heartbeats. Every `Generate`
 ends in exactly one `Refused` or one `Row` with a `finish`. Request ids are the front end's own; two of them may use the same.
 """
 
@@ -122,10 +122,10 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class HeartbeatRequest(msgspec.Struct, frozen=True, tag=True):
-    """A `Heartbeat` is wanted as soon as the worker can send one: between two of its steps."""
+    """A `Heartbeat` is wanted as soon as the worker can send one: between two of its steps. Answered by a `HeartbeatAnswer`."""
 
     number: int
-    """At least 1; the front end's own. The answer has it in `Heartbeat.number`."""
+    """The front end's own."""
 
 
 Request = Attach | Generate | Embed | Cancel | HeartbeatRequest
@@ -240,11 +240,16 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """Steps by the time that each took, as `tally.STEP_SECONDS`; `step_seconds` is the sum."""
     batch_counts: list[int] = []
     """Decode steps by their rows, as `tally.BATCH_ROWS`; `rows` is the sum."""
-    number: int = 0
-    """Of the `HeartbeatRequest` that it answers; 0 where nobody asked."""
 
 
-Reply = Ready | Refused | Progress | Embedded | Heartbeat
+class HeartbeatAnswer(msgspec.Struct, frozen=True, tag=True):
+    """The heartbeat that the `HeartbeatRequest` of that number asked for."""
+
+    number: int
+    heartbeat: Heartbeat
+
+
+Reply = Ready | Refused | Progress | Embedded | Heartbeat | HeartbeatAnswer
 
 encode: Callable[[Request | Reply], bytes] = msgspec.msgpack.Encoder().encode
 decode_request: Callable[[bytes], Request] = msgspec.msgpack.Decoder(Request).decode

@@ -29,6 +29,8 @@ class Sequence:
     """Tokens whose keys and values stand in the slot."""
     cached: int = 0
     """Of these, prompt tokens whose keys and values stood in a slot already."""
+    counted: int = 0
+    """Tokens of the prompt up to which it has been counted as computed: a prompt that was paused may come there again."""
     tokens: list[int] = field(default_factory=list)
     replayed: int = 0
     """Of these, those computed anew together with the prompt when the row had grown past one of the engine's boundaries."""
@@ -143,6 +145,13 @@ class Sequence:
         elif len(self.tokens) >= self.request.max_tokens or self.length >= context:
             self.finish = "length"
         return True
+
+    def count_prompt(self, end: int) -> int:
+        """How many of the prefix's tokens from `computed` up to `end` are the prompt's, and computed for the first time."""
+        end = min(end, len(self.prompt))
+        new = max(0, end - max(self.computed, self.counted))
+        self.counted = max(self.counted, end)
+        return new
 
     def guess(self, count: int) -> list[int]:
         """The `count` tokens that its own say will come next; with a grammar those that it forces, maybe fewer or none."""

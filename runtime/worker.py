@@ -22,7 +22,18 @@ from runtime.engine import DeviceLost, EngineError
 from runtime.grammar import Grammars
 from runtime.loading import MOST_SLOTS, Placement, default_cache, start
 from runtime.loop import QUEUE_FILLS, Loop, News
-from runtime.messages import Attach, Cancel, Embed, Generate, Heartbeat, HeartbeatRequest, Progress, Ready, Refused
+from runtime.messages import (
+    Attach,
+    Cancel,
+    Embed,
+    Generate,
+    Heartbeat,
+    HeartbeatAnswer,
+    HeartbeatRequest,
+    Progress,
+    Ready,
+    Refused,
+)
 
 log = logging.getLogger("engineshed.worker")
 
@@ -100,7 +111,7 @@ class Worker:
                 if news is not None:
                     self._publish([news])
             case HeartbeatRequest(number):
-                self._send(owner, self._heartbeat(number))
+                self._send(owner, HeartbeatAnswer(number, self._heartbeat()))
 
     def _submit(self, owner: bytes, request: Generate | Embed) -> Refused | None:
         """Have the loop take `request`, or say why not."""
@@ -138,14 +149,13 @@ class Worker:
         for owner in list(self._fronts):
             self._send(owner, beat)
 
-    def _heartbeat(self, number: int = 0) -> Heartbeat:
+    def _heartbeat(self) -> Heartbeat:
         return Heartbeat(
             running=self._loop.running,
             waiting=self._loop.waiting,
             waiting_tokens=self._loop.waiting_tokens,
             kv_tokens=self._loop.kv_tokens,
             **asdict(self._loop.counters),
-            number=number,
         )
 
 

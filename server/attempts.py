@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
-from runtime.messages import Generate, Row
+from runtime.messages import Generate, Ready, Row
 from server.engine_client import Answer, EngineClient, EngineUnavailableError
 
 MOST = 2
@@ -49,6 +49,8 @@ class Attempts:
     def __init__(self, request: Generate, client: EngineClient | None, find: Find) -> None:
         self._request, self._find = request, find
         self._first = client
+        self.ready: Ready | None = None
+        """What the engine that it was sent to last said of itself: once there are rows, they are that engine's."""
         self._made = 0
         self._started = False
 
@@ -80,6 +82,7 @@ class Attempts:
     def _ask(self, client: EngineClient) -> Answer:
         self._open.close()
         self._made += 1
+        self.ready = client.ready
         return self._open.enter_context(client.generate(self._request))
 
     async def _again(self) -> Answer:

@@ -9,7 +9,7 @@ from typing import Self
 
 import msgspec
 
-from runtime.messages import Scored
+from runtime.messages import Ready, Scored
 from server.generation import FinishReason, Generation, Piece, PromptDetails, Usage
 from server.tools import Arguments, CallStarted
 
@@ -72,6 +72,11 @@ class Choices:
         self._tasks: list[asyncio.Task[None]] = []
         self._ended = 0
         self._stack = ExitStack()
+
+    @property
+    def engines(self) -> list[Ready]:
+        """What the engines that give the answers said of themselves, for each answer that has begun."""
+        return [generation.engine for generation in self._generations.values() if generation.engine is not None]
 
     @property
     def usage(self) -> Usage:

@@ -22,6 +22,7 @@ from runtime.messages import (
     Embedded,
     Generate,
     Heartbeat,
+    HeartbeatAnswer,
     HeartbeatRequest,
     Progress,
     Ready,
@@ -63,14 +64,6 @@ class RequestTimedOutError(Exception):
 
 class SlowReaderError(Exception):
     """The answer's reader fell more than PENDING_TOKENS behind."""
-
-
-class Rows(Protocol):
-    """Where an answer's rows come from."""
-
-    async def rows(self) -> list[Row]:
-        """See `Answer.rows`."""
-        ...
 
 
 class Answer:
@@ -279,17 +272,22 @@ class EngineClient:
                 if isinstance(asked, Vectors):
                     asked.take(reply)
             case Heartbeat():
-                self.heartbeat = reply
-                self._others = max(0, reply.running + reply.waiting - len(self._answers))
-                beat = self._beats.get(reply.number)
+                self._take(reply)
+            case HeartbeatAnswer(number, heartbeat):
+                self._take(heartbeat)
+                beat = self._beats.get(number)
                 if beat is not None and not beat.done():
-                    beat.set_result(reply)
+                    beat.set_result(heartbeat)
             case Refused(id_):
                 answer = self._answers.pop(id_, None)
                 if answer is not None:
                     answer.fail(RequestRefusedError(reply))
             case Ready() if not self._attached.done():
                 self._attached.set_result(reply)
+
+    def _take(self, heartbeat: Heartbeat) -> None:
+        self.heartbeat = heartbeat
+        self._others = max(0, heartbeat.running + heartbeat.waiting - len(self._answers))
 
     def _deliver(self, row: Row) -> None:
         answer = self._answers.get(row.id)

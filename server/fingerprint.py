@@ -1,6 +1,8 @@
 """OpenAI's system_fingerprint: as long as it is the same, the same seed gives the same tokens."""
 
 import hashlib
+from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 
@@ -20,4 +22,14 @@ def fingerprint(bundle: Bundle, variant: Variant, kernels: str, sampling: Sampli
         kernels,
         sampling,
     )
+    return _hash(decisive)
+
+
+def together(fingerprints: Iterable[str]) -> str:
+    """That of a request's answers, which engines with these `fingerprints` give: where all have the same, it is that one."""
+    different = sorted(set(fingerprints))
+    return different[0] if len(different) == 1 else _hash(different)
+
+
+def _hash(decisive: Any) -> str:
     return f"fp_{hashlib.sha256(msgspec.json.encode(decisive, order='deterministic')).hexdigest()[:10]}"

@@ -5,15 +5,15 @@ from typing import Literal
 
 import msgspec
 
-from runtime.messages import Row, Scored
+from runtime.messages import Ready, Row, Scored
 from runtime.text import TextStream
+from server.attempts import Attempts
 from server.engine_client import (
     EngineUnavailableError,
     RequestFailedError,
     RequestRefusedError,
     RequestTimedOutError,
     RequestUnmetError,
-    Rows,
     SlowReaderError,
 )
 from server.errors import ApiError, bad_request, unavailable
@@ -71,7 +71,7 @@ class Generation:
         self,
         prompt: list[int],
         arrived: float,
-        answer: Rows,
+        answer: Attempts,
         text: TextStream,
         metrics: AnswerMetrics,
         parser: Parser | None = None,
@@ -98,6 +98,11 @@ class Generation:
         self._cached = 0
         self._completion_tokens = 0
         self.finish_reason: FinishReason | None = None
+
+    @property
+    def engine(self) -> Ready | None:
+        """What the engine that gives the answer said of itself; None until there is one."""
+        return self._answer.ready
 
     @property
     def usage(self) -> Usage:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime import bundle as bundles
+from runtime.bundle import SamplingDefaults
 from runtime.text import Text
 from server import fleet
 from server.embedder import Embedder
@@ -209,6 +210,11 @@ class Roster:
         """The newest deployment of the model that takes requests."""
         deployed = self._newest(name)
         return None if deployed is None else deployed.served
+
+    def holding(self, offer: Offer) -> tuple[int, SamplingDefaults]:
+        """The context and the sampling that hold for a model: where it is loaded its engine's, else those that are offered."""
+        served = self.loaded(offer.name)
+        return (offer.context, offer.sampling) if served is None else (served.context, served.sampling)
 
     @asynccontextmanager
     async def lease(self, name: str, seconds: float) -> AsyncIterator[Served]:

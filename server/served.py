@@ -21,7 +21,7 @@ from server.choices import Choices
 from server.doors import Limits
 from server.engine_client import EngineClient, EngineUnavailableError
 from server.errors import bad_request, unavailable
-from server.fingerprint import fingerprint
+from server.fingerprint import fingerprint, together
 from server.generation import Generation
 from server.journal import ENTRY
 from server.metrics import Metrics
@@ -61,7 +61,7 @@ class Served:
         self._metrics = metrics
         self._prompts = Prompts()
         self._fingerprints: dict[tuple[str, str], str] = {}
-        """By variant and kernels, of which engines on several devices may have several."""
+        """By variant and kernels, in which engines on several devices may differ."""
         self._ready: Ready | None = None
         """What the engine that took the last request said of itself."""
 
@@ -70,14 +70,15 @@ class Served:
         """Whether an engine takes requests."""
         return least_busy(self._replicas) is not None
 
-    @property
-    def fingerprint(self) -> str:
-        """OpenAI's system_fingerprint of the engine that took the last request; see `server.fingerprint`."""
-        ready = self._ready
-        variant = self._variant if ready is None else self.bundle.by_name.get(ready.variant, self._variant)
-        key = (variant.name, "" if ready is None else ready.kernels)
+    def fingerprint(self, engines: Iterable[Ready]) -> str:
+        """OpenAI's system_fingerprint of what `engines` give; see `server.fingerprint`."""
+        return together(self._fingerprint(engine) for engine in engines)
+
+    def _fingerprint(self, engine: Ready) -> str:
+        variant = self.bundle.by_name.get(engine.variant, self._variant)
+        key = (variant.name, engine.kernels)
         if key not in self._fingerprints:
-            self._fingerprints[key] = fingerprint(self.bundle, variant, key[1], self.sampling)
+            self._fingerprints[key] = fingerprint(self.bundle, variant, engine.kernels, self.sampling)
         return self._fingerprints[key]
 
     @property

@@ -4,11 +4,16 @@ import argparse
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
+from runtime.bundle import SamplingDefaults
 from server.supervision.launch import ModelOptions
+
+SAMPLING = "override_generation_config"
+"""The one option whose value is a table."""
+T = TypeVar("T")
 
 
 class FromToml(argparse.Action):
@@ -25,7 +30,9 @@ class FromToml(argparse.Action):
         path = Path(str(values))
         parser.allow_abbrev = False  # A key is the option's whole name.
         content = _read(parser, path)
-        namespace.models = _models(parser, path, content.pop("models", {}))
+        namespace.models = _checked(parser, path, "models", content.pop("models", {}), dict[str, ModelOptions])
+        if isinstance(table := content.get(SAMPLING), dict):  # On a command line it is JSON, which has no infinity.
+            _checked(parser, path, SAMPLING, table, SamplingDefaults)
         for key, value in content.items():
             unknown = _is_key(key) and parser.parse_known_args(_option(key, value), namespace)[1]
             if unknown or not _is_key(key):
@@ -43,12 +50,12 @@ def _read(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
         parser.error(f"{path} is no TOML: {error}")
 
 
-def _models(parser: argparse.ArgumentParser, path: Path, tables: Any) -> dict[str, ModelOptions]:
-    """What the tables `[models.NAME]` say of single models."""
+def _checked(parser: argparse.ArgumentParser, path: Path, key: str, table: Any, type: type[T]) -> T:
+    """What stands under `key`, as `type` has it."""
     try:
-        return msgspec.convert(tables, dict[str, ModelOptions])
+        return msgspec.convert(table, type)
     except msgspec.ValidationError as error:
-        parser.error(f"{path}: models: {error}")
+        parser.error(f"{path}: {key}: {error}")
 
 
 def _is_key(key: str) -> bool:

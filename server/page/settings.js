@@ -4,7 +4,8 @@ import { ALTERNATIVES } from "./answer.js";
 import { byId, element } from "./dom.js";
 import { models } from "./models.js";
 
-const STORED = "engineshed.settings";
+const STORED = "engineshed.settings.2";
+const DROPPED = "engineshed.settings"; // in which the page's own temperature of then stands as if a person had set it
 const INITIAL = { max_tokens: "512", logprobs: true };
 
 const FIELDS = [
@@ -131,6 +132,7 @@ export class Settings {
 
   #read() {
     try {
+      localStorage.removeItem(DROPPED);
       return JSON.parse(localStorage.getItem(STORED)) ?? INITIAL;
     } catch {
       return INITIAL;

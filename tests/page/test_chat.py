@@ -39,6 +39,18 @@ def test_an_answer_is_shown_as_it_comes(visit: Visit, server: Server) -> None:
     server.wait(RUNNING, 0)
 
 
+def test_what_the_page_of_old_kept_by_itself_is_forgotten(visit: Visit) -> None:
+    visit.open()
+    visit.page.evaluate("""localStorage.setItem("engineshed.settings", '{"temperature": "0.7", "max_tokens": "512"}')""")
+    visit.page.reload()
+    temperature = visit.page.get_by_label("Temperature", exact=True)
+    expect(temperature).to_have_value("")
+    assert visit.page.evaluate("localStorage.getItem('engineshed.settings')") is None
+    visit.set(temperature=0.3)
+    visit.page.reload()
+    expect(temperature).to_have_value("0.3")
+
+
 def test_an_answers_figures_are_the_servers(visit: Visit, server: Server) -> None:
     server.wait(RUNNING, 0)
     visit.open()

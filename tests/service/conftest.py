@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from tests.waiting import HANGS_SECONDS
 ROOT = Path(__file__).parents[2]
 MODELS = ("alpha", "beta", "gamma")
 SMALL = ("--slots=4", "--context=256")
+ANSWERS = 16
+"""To a request that must not be over before a test has looked at it: seconds of work, of which the tests' look takes some
+milliseconds."""
 
 
 @pytest.fixture(scope="session")
@@ -104,18 +107,36 @@ class Running:
             yield response
 
     @asynccontextmanager
-    async def held(self, model: str, prompt: list[int], tokens: int) -> AsyncIterator[tuple[aiohttp.ClientResponse, int]]:
-        """The same, and the process of the model's only engine, which stands still until SIGCONT, the answer half-way."""
+    async def held(self, model: str, prompt: list[int], tokens: int) -> AsyncIterator[tuple[asyncio.Task[str], int]]:
+        """The events of `ANSWERS` answers, once they are over, and the process of the model's only engine, which stands still
+        until SIGCONT, the answers half-way: the first of them has begun, and the last has not ended.
+        """
         (pid,) = await self.pids(f"{model}@")
         body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            while (answers := await self._begun({**body, "n": ANSWERS}, pid)).done():
+                pass  # The moments in which the engine ran were long ones, on a busy machine.
+            yield answers, pid
+        finally:
+            with suppress(ProcessLookupError):  # The test has ended it.
+                os.kill(pid, signal.SIGCONT)
+            answers.cancel()
+            await asyncio.gather(answers, return_exceptions=True)
+
+    async def _begun(self, body: dict[str, Any], pid: int) -> asyncio.Task[str]:
+        """The events of a stream, which has begun, of the engine that stands still before and afterwards."""
         asking = asyncio.create_task(self.http.post("/v1/completions", json=body).__aenter__())
         while not asking.done():
             os.kill(pid, signal.SIGCONT)
-            await asyncio.wait({asking}, timeout=0.01)
+            await asyncio.sleep(0.005)
             os.kill(pid, signal.SIGSTOP)
-        async with await asking as response:
-            assert response.status == 200, await response.text()
-            yield response, pid
+            await asyncio.wait({asking}, timeout=0.1)  # for the head, if that was enough for a token
+        response = await asking
+        assert response.status == 200, await response.text()
+        answers = asyncio.create_task(_text(response))
+        await self.passed_on()  # which also gives what the engine has said until now the time to come here
+        return answers
 
     async def passed_on(self) -> None:
         """Return once the HTTP process has sent its engine, which stands still, what it was asked for before this: its turn to
@@ -199,6 +220,11 @@ async def serve(engines: Path, *options: str, ready: bool = True, seconds: float
         assert not alive, "the server left processes behind"
         if sys.exc_info()[0] is not None:
             print("".join(log))
+
+
+async def _text(response: aiohttp.ClientResponse) -> str:
+    async with response:
+        return await response.text()
 
 
 async def _is_ready(http: aiohttp.ClientSession) -> bool:

@@ -96,11 +96,11 @@ async def test_nothing_outlives_a_supervisor_that_is_killed(engines: Path, hung:
 
 async def test_a_server_that_is_told_to_stop_lets_answers_finish(engines: Path) -> None:
     async with serve(engines, "--model=alpha", "--drain-seconds=100") as running:
-        async with running.held("alpha", PROMPT, 240) as (response, engine):
+        async with running.held("alpha", PROMPT, 240) as (answers, engine):
             stopping = asyncio.create_task(running.stop())
             await running.until(lambda: _refuses(running))
             os.kill(engine, signal.SIGCONT)
-            assert events(await response.text())[1]
+            assert events(await answers)[1]
         assert await stopping == 0
 
 

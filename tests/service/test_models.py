@@ -21,10 +21,10 @@ PROMPT = [5, 6, 7, 8, 9]
 ANSWERED = "engineshed_requests_total"
 
 
-def need(engines: Path) -> int:
+def need(engines: Path, slots: int = 4) -> int:
     """Bytes that one of the models is reckoned to take."""
     manifest = bundles.read(engines / "alpha")
-    return footprint(manifest.variants[0], manifest.vocab_size, slots=4, context=256).total
+    return footprint(manifest.variants[0], manifest.vocab_size, slots=slots, context=256).total
 
 
 def lru_misses(order: list[str], room: int) -> int:
@@ -127,12 +127,13 @@ def test_a_server_whose_only_model_does_not_fit_ends_with_the_arithmetic(publish
 
 
 async def test_a_request_waits_for_its_model_no_longer_than_it_may(engines: Path) -> None:
-    async with serve(engines, "--model=alpha", "--queue-seconds=1", f"--memory={int(1.1 * need(engines))}") as running:
-        async with running.held("alpha", PROMPT, 240) as (response, engine):
+    options = ("--slots=1", "--queue-seconds=1", f"--memory={int(1.1 * need(engines, slots=1))}")
+    async with serve(engines, "--model=alpha", *options) as running:
+        async with running.held("alpha", PROMPT, 240) as (answers, engine):
             status, error = await running.answer("beta", PROMPT)
             assert (status, error["code"]) == (503, "model_not_ready"), "alpha is not idle, and has not been asked to leave yet"
             os.kill(engine, signal.SIGCONT)
-            assert events(await response.text())[1]
+            assert events(await answers)[1]
         await running.until(lambda: _answered(running, "beta"))
 
 
@@ -147,11 +148,11 @@ async def _in_state(running: Running, model: str, state: str) -> bool:
 async def test_unloading_lets_answers_finish_and_gives_the_memory_back(engines: Path) -> None:
     async with serve(engines, "--model=alpha", "--drain-seconds=100") as running:
         (pid,) = await running.pids("alpha@")
-        async with running.held("alpha", PROMPT, 200) as (response, engine):
+        async with running.held("alpha", PROMPT, 240) as (answers, engine):
             unloading = asyncio.create_task(running.act("alpha", "unload"))
             await running.until(lambda: _drains(running))
             os.kill(engine, signal.SIGCONT)
-            assert events(await response.text())[1]
+            assert events(await answers)[1]
         assert await unloading == (200, {"model": "alpha", "state": "cold"})
         assert gone([pid])
         assert await running.state("alpha") == ("cold", "")
@@ -165,9 +166,9 @@ async def _drains(running: Running) -> bool:
 
 async def test_an_answer_that_does_not_finish_in_time_ends_with_an_error(engines: Path) -> None:
     options = ("--model=alpha", "--drain-seconds=0.3", "--context=510")
-    async with serve(engines, *options) as running, running.held("alpha", PROMPT, 500) as (response, _):
+    async with serve(engines, *options) as running, running.held("alpha", PROMPT, 500) as (answers, _):
         assert (await running.act("alpha", "unload"))[0] == 200
-        assert not events(await response.text())[1]
+        assert not events(await answers)[1]
 
 
 async def test_a_new_build_takes_the_old_ones_place_without_a_failed_request(engines: Path, tiny_bundle: Path) -> None:

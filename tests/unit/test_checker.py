@@ -254,10 +254,10 @@ async def test_what_is_late_by_the_clock_alone_may_be_asked_again(asking: Asking
     monkeypatch.setattr(server.checker, "COMMAND", COMMAND)
     assert await asking.complaint(constraints.regex("a", of=OF)) == ""
     slow = asyncio.create_task(asking.refusal(SLOW))
-    while not (forks := _helper().children()):
+    least = min(19, os.nice(0) + compiling.NICE)
+    while not (forks := _helper().children()) or forks[0].nice() != least:
         await asyncio.sleep(0.01)
     forks[0].suspend()
-    assert forks[0].nice() == compiling.NICE
     told = await asyncio.wait_for(slow, HANGS_SECONDS)
     assert told.status == 503
     assert compiling.TOO_BUSY in str(told)

@@ -4,6 +4,7 @@ import shlex
 import socket
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,7 +15,6 @@ from tests.waiting import HANGS_SECONDS
 
 LISTENING = "import socket; s = socket.create_server(('127.0.0.1', {port})); s.accept()"
 """A server, as far as launching is concerned."""
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 
 
 def python(code: str) -> str:
@@ -88,12 +88,20 @@ def test_they_are_gone_when_the_bench_fails() -> None:
     assert len(processes) == 1
 
 
-def test_who_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(launch, "STOP_SECONDS", 0.3)
-    with Launched("it", with_a_child(STUBBORN)) as launched:
+    deaf = tmp_path / "deaf"
+    code = (
+        "import pathlib, signal, subprocess, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        f"pathlib.Path({str(deaf)!r}).touch(); "
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)']) # {port}"
+    )
+    with Launched("it", python(code)) as launched:
         processes = family(launched, 2)
-        time.sleep(0.5)
+        assert deaf.exists(), "its child was started afterwards"
+        begin = time.monotonic()
     assert all(map(gone, processes))
+    assert time.monotonic() - begin >= 0.3, "it has listened"
 
 
 def test_the_children_of_a_process_that_died_are_gone_too() -> None:

@@ -234,3 +234,40 @@ def test_what_a_paused_prompt_has_computed_is_found_again() -> None:
     while loop.busy:
         loop.step()
     assert books.computed < 38 + 1100 + 60 + 100
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_paused_prompts_tokens_are_counted_once(scored: bool) -> None:
+    books = Books(5, 4000, random.Random(0))
+    loop = Loop(books, queue=20, speculation=False, prefill_budget=16)
+    for number in range(4):
+        loop.submit(FRONT, Generate(f"stream {number}", [3 + number] * (20 + 3 * number), 60))
+    while loop.counters.generated_tokens < 12:
+        loop.step()
+    before, computed = loop.counters.prompt_tokens, books.computed
+    loop.submit(FRONT, Generate("stranger", list(range(3, 14)) * 100, 1, prompt_logprobs=scored))
+    while loop.busy:
+        loop.step()
+    assert loop.counters.prompt_tokens - before == 1100
+    assert books.computed - computed > 1100, "the streams were computed anew, too, and a prompt that is scored from its begin"
+
+
+def test_streams_that_cross_one_after_the_other_go_on_in_that_order() -> None:
+    books = Books(7, 4000, random.Random(0))
+    loop = Loop(books, queue=20, speculation=False, prefill_budget=16)
+    for number in range(6):
+        loop.submit(FRONT, Generate(f"stream {number}", [3 + number] * 20, 40))
+    lengths: dict[str, int] = defaultdict(lambda: 20)
+    crossed, went_on = [], []
+    while loop.busy:
+        for news in loop.step():
+            lengths[news.row.id] += len(news.row.tokens)
+            if lengths[news.row.id] == BOUNDARIES[0] + 1:
+                crossed.append(news.row.id)
+            if lengths[news.row.id] == BOUNDARIES[0] + 2:
+                went_on.append(news.row.id)
+        if len(crossed) == 1 and "stranger" not in lengths:  # whose prompt comes last, whoever crosses meanwhile
+            lengths["stranger"] = 0
+            loop.submit(FRONT, Generate("stranger", [4] * 3000, 1))
+    assert len(crossed) == 6
+    assert went_on == crossed

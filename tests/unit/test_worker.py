@@ -17,7 +17,19 @@ import pytest
 import zmq
 
 from runtime import bundle, messages
-from runtime.messages import Attach, Cancel, Generate, Heartbeat, HeartbeatRequest, Progress, Ready, Refused, Reply, Row
+from runtime.messages import (
+    Attach,
+    Cancel,
+    Generate,
+    Heartbeat,
+    HeartbeatAnswer,
+    HeartbeatRequest,
+    Progress,
+    Ready,
+    Refused,
+    Reply,
+    Row,
+)
 from tests.unit.test_orphan import gone
 from tests.waiting import HANGS_SECONDS
 
@@ -59,9 +71,9 @@ class Front:
         """What the worker holds when it has read all that was sent before."""
         self._asked += 1
         self.send(HeartbeatRequest(self._asked))
-        while not (isinstance(reply := self.receive(), Heartbeat) and reply.number == self._asked):
+        while not (isinstance(reply := self.receive(), HeartbeatAnswer) and reply.number == self._asked):
             pass
-        return reply
+        return reply.heartbeat
 
 
 @contextmanager

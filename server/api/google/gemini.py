@@ -81,8 +81,7 @@ async def model(request: web.Request) -> web.Response:
 
 
 def _model(service: Service, model: fleet.Offer) -> GeminiModel:
-    served = service.roster.loaded(model.name)
-    context, sampling = (model.context, model.sampling) if served is None else (served.context, served.sampling)
+    context, sampling = service.roster.holding(model)
     generates, used = model.task == "text-generation", SamplingParams().over(sampling)
     return GeminiModel(
         f"models/{model.name}",

@@ -1,6 +1,7 @@
 """OpenAI's chat completions: `POST /v1/chat/completions`."""
 
 import secrets
+from functools import cached_property
 
 from aiohttp import web
 from msgspec import UNSET
@@ -36,7 +37,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         if body.stream:
             return await send(request, choices, ChatStream(served, body, choices))
         answers = [_choice(index, whole, body, served) for index, whole in enumerate(await choices.whole())]
-        return json(ChatCompletion(**head(served, "chatcmpl"), choices=answers, usage=choices.usage))
+        return json(ChatCompletion(**head(served, choices, "chatcmpl"), choices=answers, usage=choices.usage))
 
 
 def chat(body: ChatBody) -> Chat:
@@ -70,15 +71,20 @@ class ChatStream(Events):
     def __init__(self, served: Served, body: ChatBody, choices: Choices) -> None:
         super().__init__(served, body, choices, "chatcmpl")
         self._logprobs = bool(body.logprobs)
-        self._plain = [
+        self._count = choices.count
+
+    @cached_property
+    def _plain(self) -> list[Frame]:
+        """Events with nothing but text, of each answer."""
+        return [
             Frame(lambda text, index=index: self._chunk(ChatDelta(Delta(content=text), index=index)))  # type: ignore[misc]
-            for index in range(choices.count)
+            for index in range(self._count)
         ]
 
     def begin(self) -> bytes:
         """The roles."""
         role = Delta(role="assistant", content="")
-        return b"".join(self._chunk(ChatDelta(role, index=index)) for index in range(len(self._plain)))
+        return b"".join(self._chunk(ChatDelta(role, index=index)) for index in range(self._count))
 
     def piece(self, piece: Piece) -> bytes:
         """The text, its tokens if they are wanted, parts of calls; at an answer's end its finish reason."""

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 
 from aiohttp import web
 
@@ -34,7 +35,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
                 CompletionChoice(*text.write(whole), index=index)
                 for index, (text, whole) in enumerate(zip(texts, await choices.whole(), strict=True))
             ]
-            return json(Completion(**head(served, "cmpl"), choices=answers, usage=choices.usage))
+            return json(Completion(**head(served, choices, "cmpl"), choices=answers, usage=choices.usage))
 
 
 class _Prompt:
@@ -92,9 +93,13 @@ class CompletionStream(Events):
         super().__init__(served, body, choices, "cmpl")
         self._texts = texts
         self._simple = body.logprobs is None and not body.echo and not self.continuous_usage
-        self._plain = [
+
+    @cached_property
+    def _plain(self) -> list[Frame]:
+        """Events with nothing but text, of each answer."""
+        return [
             Frame(lambda text, index=index: self._chunk(CompletionChoice(text, index=index)))  # type: ignore[misc]
-            for index in range(choices.count)
+            for index in range(len(self._texts))
         ]
 
     def begin(self) -> bytes:

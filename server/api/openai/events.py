@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable
+from functools import cached_property
 from typing import TypedDict
 
 from msgspec import UNSET, UnsetType
@@ -26,13 +27,13 @@ class Head(TypedDict):
     system_fingerprint: str
 
 
-def head(served: Served, prefix: str) -> Head:
-    """That of a new answer, whose id begins with `prefix`."""
+def head(served: Served, choices: Choices, prefix: str) -> Head:
+    """That of an answer, once engines have begun to give `choices`; its id begins with `prefix`."""
     return Head(
         id=f"{prefix}-{secrets.token_hex(12)}",
         created=int(time.time()),
         model=served.name,
-        system_fingerprint=served.fingerprint,
+        system_fingerprint=served.fingerprint(choices.engines),
     )
 
 
@@ -43,10 +44,14 @@ class Events:
 
     def __init__(self, served: Served, body: OpenAIBody, choices: Choices, prefix: str) -> None:
         self.text = served.text
-        self.head = head(served, prefix)
         self.include_usage = body.include_usage
         self.continuous_usage = body.continuous_usage
-        self._choices = choices
+        self._served, self._choices, self._prefix = served, choices, prefix
+
+    @cached_property
+    def head(self) -> Head:
+        """Found with the first event: before, nobody knows which engines answer."""
+        return head(self._served, self._choices, self._prefix)
 
     def usage(self, so_far: bool = False) -> Usage | UnsetType | None:
         """What a chunk before the last says of the usage; `so_far`, where it is wanted of every chunk with text."""

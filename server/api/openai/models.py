@@ -28,8 +28,7 @@ async def model(request: web.Request) -> web.Response:
 
 
 def _model(service: Service, model: fleet.Offer) -> Model:
-    served = service.roster.loaded(model.name)
-    context, sampling = (model.context, model.sampling) if served is None else (served.context, served.sampling)
+    context, sampling = service.roster.holding(model)
     return Model(
         id=model.name,
         created=model.created,

@@ -20,6 +20,7 @@ from runtime.messages import (
     Finish,
     Generate,
     Heartbeat,
+    HeartbeatAnswer,
     HeartbeatRequest,
     Progress,
     Ready,
@@ -118,4 +119,4 @@ class ScriptedWorker:
                 case Generate() | Cancel() as message:
                     self.received.put_nowait(message)
                 case HeartbeatRequest(number):
-                    await self.send(msgspec.structs.replace(self.held, number=number))
+                    await self.send(HeartbeatAnswer(number, self.held))

@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 from runtime import messages
-from runtime.messages import Attach, Cancel, Finish, Generate, HeartbeatRequest, Progress, Row
+from runtime.messages import Attach, Cancel, Finish, Generate, HeartbeatAnswer, HeartbeatRequest, Progress, Row
 from tests.unit.server.scripted import IDLE, READY
 
 
@@ -55,8 +55,8 @@ def _answer(address: str) -> None:
                 case Cancel(id_):
                     running.pop(id_, None)
                 case HeartbeatRequest(number):
-                    beat = msgspec.structs.replace(IDLE, running=len(running), number=number)
-                    socket.send_multipart([front_end, messages.encode(beat)])
+                    beat = msgspec.structs.replace(IDLE, running=len(running))
+                    socket.send_multipart([front_end, messages.encode(HeartbeatAnswer(number, beat))])
         for id_ in list(running):
             running[id_] -= 1
             finish: Finish | None = None if running[id_] else "length"

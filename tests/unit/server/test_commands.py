@@ -199,11 +199,16 @@ async def test_what_the_server_refuses_is_told_and_forgotten(house: House) -> No
 
 
 async def test_an_answer_that_breaks_is_told_with_its_reason(house: House) -> None:
-    talk = conversation(house)
-    asking = asyncio.create_task(say(talk, "hi"))
+    talk, shown = conversation(house), asyncio.Event()
+
+    async def show() -> None:
+        async for _ in talk.say("hi"):
+            shown.set()
+
+    asking = asyncio.create_task(show())
     request = await house.worker.next(Generate)
     await house.worker.say(request, "one")
-    await asyncio.sleep(0.05)
+    await shown.wait()
     await house.worker.fail(request, "the step failed")
     with pytest.raises(ChatError, match="the step failed"):
         await asking

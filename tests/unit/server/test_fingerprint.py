@@ -2,10 +2,12 @@
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
 import pytest
 
@@ -13,8 +15,11 @@ from runtime import devices, kernels
 from runtime.bundle import Bundle, File, SamplingDefaults, Variant
 from runtime.devices import Device, Gpu
 from runtime.messages import Generate
+from runtime.text import Text
+from server.engine_client import EngineClient, EngineUnavailableError
 from server.fingerprint import fingerprint
-from tests.unit.server.house import House
+from tests.unit.server.house import service_for, serving
+from tests.unit.server.scripted import READY, Attached, ScriptedWorker
 from tests.waiting import HANGS_SECONDS
 
 KERNELS = "onnxruntime 1.32.0 on x86_64 avx2"
@@ -82,15 +87,92 @@ def test_one_variant_has_nothing_to_do_with_another(bundle: Bundle) -> None:
     assert of(msgspec.structs.replace(bundle, variants=(*bundle.variants, beside))) == of(bundle)
 
 
-async def told(house: House) -> str:
-    asking = asyncio.ensure_future(house.http.post("/v1/completions", json={"prompt": "hi"}))
-    await house.worker.say(await house.worker.next(Generate), "yes", "stop")
-    found: str = (await (await asyncio.wait_for(asking, HANGS_SECONDS)).json())["system_fingerprint"]
-    return found
+async def told(http: aiohttp.ClientSession, **fields: Any) -> set[str]:
+    """What an answer to a short prompt has, in all of its events where it is a stream."""
+    async with http.post("/v1/completions", json={"prompt": "hi", **fields}) as response:
+        assert response.status == 200, await response.text()
+        return set(re.findall(r'"system_fingerprint":"(\w+)"', await response.text()))
 
 
-async def test_an_answer_has_that_of_the_engine_that_gave_it(house: House, bundle: Bundle) -> None:
-    assert await told(house) == await told(house) == of(bundle, house.worker.ready.kernels)
+async def serve(worker: ScriptedWorker, answers: int = 1) -> None:
+    for request in [await worker.next(Generate) for _ in range(answers)]:
+        await worker.say(request, "yes", "stop")
+
+
+@asynccontextmanager
+async def unlike(
+    folder: Path, bundle: Bundle, text: Text, count: int
+) -> AsyncIterator[tuple[aiohttp.ClientSession, list[ScriptedWorker], list[Attached]]]:
+    """A server over so many engines with other kernels each, K0, K1, ..., none of which has been asked for anything."""
+    async with AsyncExitStack() as stack:
+        workers, replicas = [], []
+        for number in range(count):
+            ready = msgspec.structs.replace(READY, kernels=f"K{number}")
+            workers.append(await stack.enter_async_context(ScriptedWorker(f"ipc://{folder}/{number}", text, ready)))
+            client = EngineClient(workers[-1].address)
+            stack.callback(client.close, EngineUnavailableError("the test is over"))
+            await client.attach()
+            replicas.append(Attached(client, device=f"cuda:{number}"))
+        yield await stack.enter_async_context(serving(service_for(bundle, text, *replicas))), workers, replicas
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 2])
+async def test_the_first_answer_of_all_has_that_of_its_engine(
+    tmp_path: Path, bundle: Bundle, text: Text, n: int, stream: bool
+) -> None:
+    async with unlike(tmp_path, bundle, text, 1) as (http, (worker,), _):
+        for _ in range(2):
+            asking = asyncio.create_task(told(http, n=n, stream=stream))
+            await serve(worker, n)
+            assert await asking == {of(bundle, "K0")}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_answers_at_the_same_time_each_have_that_of_their_own_engine(
+    tmp_path: Path, bundle: Bundle, text: Text, stream: bool
+) -> None:
+    async with unlike(tmp_path, bundle, text, 2) as (http, workers, _):
+        asking = []
+        for worker in workers:
+            asking.append(asyncio.create_task(told(http, stream=stream)))
+            await until_asked(worker)
+        for worker in workers:
+            await serve(worker)
+        assert await asyncio.gather(*asking) == [{of(bundle, "K0")}, {of(bundle, "K1")}]
+
+
+async def until_asked(worker: ScriptedWorker) -> None:
+    """Return once the worker has something to answer."""
+    async with asyncio.timeout(HANGS_SECONDS):
+        while worker.received.empty():
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_another_engine_gives_after_all_has_that_ones(
+    tmp_path: Path, bundle: Bundle, text: Text, stream: bool
+) -> None:
+    async with unlike(tmp_path, bundle, text, 2) as (http, workers, (first, _)):
+        asking = asyncio.create_task(told(http, stream=stream))
+        await until_asked(workers[0])
+        assert first.client is not None
+        lost, first.client = first.client, None
+        lost.close(EngineUnavailableError("it died"))
+        await serve(workers[1])
+        assert await asking == {of(bundle, "K1")}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_answers_of_unlike_engines_have_one_together_that_is_neithers(
+    tmp_path: Path, bundle: Bundle, text: Text, stream: bool
+) -> None:
+    async with unlike(tmp_path, bundle, text, 2) as (http, workers, _):
+        asking = asyncio.create_task(told(http, n=2, stream=stream))
+        for worker in workers:
+            await serve(worker)
+        (found,) = await asking
+        assert found not in (of(bundle, "K0"), of(bundle, "K1"))
 
 
 def test_a_cpu_is_told_by_what_its_kernels_are_chosen_by(tmp_path: Path, bundle: Bundle) -> None:

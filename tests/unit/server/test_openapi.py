@@ -33,6 +33,10 @@ async def test_it_is_served(house: House) -> None:
         assert await response.json() == document()
 
 
+def test_the_numbers_of_engines_say_nothing_of_who_asked_for_them() -> None:
+    assert "number" not in document()["components"]["schemas"]["Heartbeat"]["properties"]
+
+
 @pytest.mark.parametrize("type_", [ChatBody, CompletionBody, GenerateBody])
 def test_a_body_has_the_fields_that_are_read(type_: type[msgspec.Struct]) -> None:
     properties = document()["components"]["schemas"][type_.__name__]["properties"]

@@ -3,14 +3,18 @@
 import argparse
 import asyncio
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from yarl import URL
 
 import engineshed
+from bench.load import Request
+from bench.served import Server
 from runtime.bundle import Bundle, SamplingDefaults
 from runtime.messages import Generate, Sampling
 from server import serve
@@ -49,6 +53,12 @@ async def drawn(house: House, path: str, body: dict[str, Any]) -> tuple[Sampling
     answer = await asyncio.wait_for(asking, HANGS_SECONDS)
     assert answer.status == 200
     return msgspec.structs.replace(request.sampling, seed=0), await answer.read()
+
+
+async def test_a_bench_asks_for_greedy_answers_without_the_authors_penalty(house: House) -> None:
+    body = Server("it", URL("http://it/v1/completions"), model="tiny").body(Request([1, 2, 3], 4))
+    sampling, _ = await drawn(house, "/v1/completions", json.loads(body))
+    assert (sampling.temperature, sampling.repetition_penalty) == (0, 1)
 
 
 @pytest.mark.parametrize("path", SILENT)

@@ -59,11 +59,13 @@ def test_every_key_of_the_documented_file_is_taken_also_those_that_are_commented
         ("[models.a]\nsampling = { heat = 1 }", "unknown field `heat` - at `$[...].sampling`"),
         ("[models.a]\ngeneration_config = 'vllm'", "Invalid enum value 'vllm' - at `$[...].generation_config`"),
         ("models = 3", "models: Expected `object`"),
+        ("[models.a]\nsampling = { temperature = inf }", "Expected `float` <= 2.0 - at `$[...].sampling.temperature`"),
+        ("override_generation_config = { temperature = inf }", "config: Expected `float` <= 2.0 - at `$.temperature`"),
+        ("override_generation_config = { top_p = nan }", "config: Expected `float` > 0.0 - at `$.top_p`"),
+        ("override_generation_config = { heat = 1 }", "config: Object contains unknown field `heat`"),
     ],
 )
-def test_a_models_table_is_checked_key_by_key(
-    config: Path, capsys: pytest.CaptureFixture[str], text: str, sentence: str
-) -> None:
+def test_a_table_is_checked_key_by_key(config: Path, capsys: pytest.CaptureFixture[str], text: str, sentence: str) -> None:
     config.write_text(text)
     assert sentence in refused(capsys, f"--config={config}")
 
@@ -98,7 +100,7 @@ def test_what_stands_after_it_has_the_last_word(config: Path) -> None:
         ("slots = 'many'", "argument --slots: 'many' is no whole number"),
         ("device = ['gpu']", "argument --device: 'gpu' is no device"),
         ("generation_config = 'all'", "argument --generation-config: invalid choice: 'all' (choose from 'auto', 'none')"),
-        ("override_generation_config = { top_p = 0 }", "argument --override-generation-config: "),
+        ("override_generation_config = { top_p = 0 }", "override_generation_config: Expected `float` > 0.0 - at `$.top_p`"),
         ("override_generation_config = 'hot'", "'hot' is not valid JSON: "),
         ("config = 'other.toml'", "has a key 'config' that is no option"),
         ("port = ", "is no TOML"),
