@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 from transformers import PreTrainedModel
 
-from export import decoder, publish, sampling, sentence, source, tokenizer, tools
+from export import decoder, paths, publish, sampling, sentence, source, tokenizer, tools
 from export.compile import Compiler
 from export.embeddings import EmbeddingJob
 from export.errors import ExportError
@@ -82,7 +82,8 @@ class Export:
         Nothing is left behind when it fails, and an older bundle of that name stays as it was. Variants that the older
         bundle has and the recipe does not are kept when both come from the same weights.
         """
-        publish.check_writable(self.engines)
+        given = None if recipe.model.path is None else paths.expanded(recipe.model.path)
+        publish.check_writable(self.engines, recipe.name, given)
         sample = None if self.text is None else _read(self.text)
         template = None if recipe.chat_template is None else tokenizer.read_template(Path(recipe.chat_template))
         with self._stage("fetch") as stage:
@@ -130,7 +131,7 @@ class Export:
             with self._stage("publish") as stage:
                 (workshop / bundle.MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
                 bundle.read(workshop)
-                publish.replace(folder, workshop)
+                publish.replace(folder, workshop, checkpoint.path)
                 stage.note = str(folder)
         return folder
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 import engineshed
-from export import cli, decoder, publish, recipe, source
+from export import cli, decoder, recipe, source
 from export.errors import ExportError, UnsupportedModel
 from export.recipe import Build, ModelReference, Recipe
 from runtime import bundle
@@ -718,17 +718,3 @@ def test_given_a_terminal_when_an_export_fails_then_its_cursor_comes_back() -> N
         report.begin("trace")  # and never its end
     hidden, shown = screen.getvalue().rfind("\x1b[?25l"), screen.getvalue().rfind("\x1b[?25h")
     assert 0 <= hidden < shown
-
-
-def test_given_an_export_that_was_killed_while_publishing_when_exported_again_then_the_older_bundle_was_put_back(
-    tmp_path: Path,
-) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    retired = tmp_path / f".tiny.{dead.pid}.old"
-    retired.mkdir()
-    (retired / "bundle.json").write_text("{}")
-    (tmp_path / f".tiny.{dead.pid}").mkdir()
-    with publish.workshop(tmp_path, "tiny"):
-        assert (tmp_path / "tiny" / "bundle.json").read_text() == "{}"
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
