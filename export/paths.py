@@ -31,9 +31,8 @@ def check_inside(folder: Path, *paths: Path) -> None:
     are meant. Raises ExportError.
     """
     home = folder.resolve()
-    inside = [home]
-    if home.parent.name == "snapshots":
-        inside.append((home.parent.parent / "blobs").resolve())
+    above = (home, *home.parents)
+    inside = [home, *((place.parent.parent / "blobs").resolve() for place in above if place.parent.name == "snapshots")]
     for path in paths:
         try:
             target = path.resolve()
