@@ -49,12 +49,13 @@ def check_writable(engines: Path, name: str, source: Path | None) -> None:
     """Refuse a place where the bundle `name` cannot be written or would take the place of something else, before anything is
     fetched; `source` is where the model is, if that is known. Raises ExportError.
     """
-    place = engines
+    place, missing = engines, []
     while not exists(place) and place != place.parent:
         if place.is_symlink():
             raise ExportError(
                 f"{engines} cannot be written: {place} is a link that leads nowhere; give a folder with --engines"
             )
+        missing.append(place.name)
         place = place.parent
     if not place.is_dir():
         raise ExportError(f"{engines} cannot be written: {place} is a file; give a folder with --engines")
@@ -64,6 +65,8 @@ def check_writable(engines: Path, name: str, source: Path | None) -> None:
     except OSError as error:
         if error.errno not in _FULL:  # of which is told later, with how much is free
             raise ExportError(f"{engines} cannot be written: {error.strerror}; give another folder with --engines") from error
+    for part in missing:
+        exists(place / part)  # which is refused where the name is too long, and could not be told below what is not there
     check_replaceable(engines / name, source)
 
 
