@@ -191,7 +191,7 @@ class Report:
 
 
 def shown(text: str) -> str:
-    """`text` as one line that does nothing to a terminal: names of a model's files, weights and tokens are whatever they are."""
+    """`text` as one line that does nothing to a terminal: names in a model's files are whatever somebody wrote there."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text)
 
 

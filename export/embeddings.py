@@ -16,7 +16,7 @@ from export import batches, encoder, fuse, graph, positions, quantize, verify
 from export.compile import BITS, PACKAGES, Stage
 from export.errors import ExportError, UnsupportedModel
 from export.recipe import Build
-from export.sentence import Sentence
+from export.sentence import Sentence, check_width
 from runtime import bundle
 from runtime.bundle import Bundle, Encoder, Variant, Verification
 from runtime.encoder import Embedder, OrtEncoder
@@ -51,6 +51,7 @@ class EmbeddingJob:
 
     def __post_init__(self) -> None:
         with self.stage("survey") as stage:
+            check_width(self.sentence, int(self.model.config.get_text_config().hidden_size))
             seen = encoder.survey(self.model, self.sentence)
             if self.longest is not None and self.longest > seen.max_length:
                 raise UnsupportedModel(
