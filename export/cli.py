@@ -163,13 +163,13 @@ class Report:
         self._clear()
 
     def begin(self, stage: str) -> None:
-        """See `pipeline.Progress`."""
+        """See `stage.Progress`."""
         self._began = time.monotonic()
         self._status = self._console.status(Text(shown(f"{stage} ...")))
         self._status.start()
 
     def advance(self, stage: str, share: float) -> None:
-        """See `pipeline.Progress`."""
+        """See `stage.Progress`."""
         if self._status is not None:
             bar = Table.grid(padding=(0, 1))
             left = remaining(share, time.monotonic() - self._began)
@@ -177,12 +177,12 @@ class Report:
             self._status.update(bar)
 
     def end(self, stage: str, seconds: float, note: str) -> None:
-        """See `pipeline.Progress`."""
+        """See `stage.Progress`."""
         self._clear()
         self._console.print(Text(shown(f"  {stage:<24} {seconds:>6.1f} s   {note}")))
 
     def notice(self, sentence: str) -> None:
-        """See `pipeline.Progress`."""
+        """See `stage.Progress`."""
         self._console.print(Text.assemble(("  note: ", "yellow"), shown(sentence)))
 
     def _clear(self) -> None:
