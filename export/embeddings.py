@@ -1,7 +1,6 @@
 """The variants of a model for embeddings: traced once, made into files, and proven against transformers."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,10 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 from export import batches, encoder, fuse, graph, positions, quantize, verify
-from export.compile import BITS, PACKAGES, Stage
+from export.compile import BITS, PACKAGES
 from export.errors import ExportError, UnsupportedModel
 from export.recipe import Build
-from export.sentence import Sentence
+from export.sentence import Sentence, check_width
+from export.stage import Stages
 from runtime import bundle
 from runtime.bundle import Bundle, Encoder, Variant, Verification
 from runtime.encoder import Embedder, OrtEncoder
@@ -31,9 +31,6 @@ _LENGTHS = (1, 2, 3, 7, 16, 33, 64, 100, 255, 512)
 
 _MAX_WORK = 3e11
 """Weights times tokens up to which a text is compared: a minute of two cores."""
-
-Stages = Callable[[str], AbstractContextManager[Stage]]
-"""Begins the stage of that name."""
 
 
 @dataclass
@@ -51,6 +48,7 @@ class EmbeddingJob:
 
     def __post_init__(self) -> None:
         with self.stage("survey") as stage:
+            check_width(self.sentence, int(self.model.config.get_text_config().hidden_size))
             seen = encoder.survey(self.model, self.sentence)
             if self.longest is not None and self.longest > seen.max_length:
                 raise UnsupportedModel(

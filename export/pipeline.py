@@ -1,64 +1,23 @@
 """The whole way from a recipe to a published bundle."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 from transformers import PreTrainedModel
 
-from export import decoder, publish, sampling, sentence, source, tokenizer, tools
+from export import decoder, paths, publish, sampling, sentence, source, tokenizer, tools
 from export.compile import Compiler
 from export.embeddings import EmbeddingJob
 from export.errors import ExportError
 from export.proof import Proof
 from export.recipe import Build, Recipe
+from export.stage import Progress, Stage
 from runtime import bundle
 from runtime.bundle import Bundle, SamplingDefaults, ToolFormat, Variant
-
-
-class Progress(Protocol):
-    """Who is told how far the export is."""
-
-    def begin(self, stage: str) -> None:
-        """A stage has begun."""
-
-    def advance(self, stage: str, share: float) -> None:
-        """So much of it is done, from 0 to 1; not every stage tells."""
-
-    def end(self, stage: str, seconds: float, note: str) -> None:
-        """It is over; `note` says what came of it."""
-
-    def notice(self, sentence: str) -> None:
-        """Tell whoever exports what they should know, whatever else is shown."""
-
-
-@dataclass
-class Stage:
-    """A stage under way; what is put into `note` is shown at its end."""
-
-    name: str
-    progress: Progress
-    note: str = ""
-
-    done: float = 0.0
-    """The largest share that was told."""
-
-    def advance(self, share: float) -> None:
-        """Tell how much of it is done, from 0 to 1; less than was told before is not passed on."""
-        self.done = min(max(self.done, share), 1.0)
-        self.progress.advance(self.name, self.done)
-
-    def part(self, start: float, end: float) -> Callable[[float], None]:
-        """Takes the share of a part of the stage, which begins and ends at these shares of the whole."""
-        return lambda share: self.advance(start + (end - start) * share)
-
-    def notice(self, sentence: str) -> None:
-        """Tell whoever exports what they should know of it."""
-        self.progress.notice(sentence)
 
 
 @dataclass
@@ -82,7 +41,8 @@ class Export:
         Nothing is left behind when it fails, and an older bundle of that name stays as it was. Variants that the older
         bundle has and the recipe does not are kept when both come from the same weights.
         """
-        publish.check_writable(self.engines)
+        given = None if recipe.model.path is None else paths.expanded(recipe.model.path)
+        publish.check_writable(self.engines, recipe.name, given)
         sample = None if self.text is None else _read(self.text)
         template = None if recipe.chat_template is None else tokenizer.read_template(Path(recipe.chat_template))
         with self._stage("fetch") as stage:
@@ -130,7 +90,7 @@ class Export:
             with self._stage("publish") as stage:
                 (workshop / bundle.MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
                 bundle.read(workshop)
-                publish.replace(folder, workshop)
+                publish.replace(folder, workshop, checkpoint.path)
                 stage.note = str(folder)
         return folder
 
@@ -173,11 +133,11 @@ class Export:
             written = tools.detect(text) if recipe.tools is None else tools.named(recipe.tools)
             authors, notes = SamplingDefaults(), text.notes
             if recipe.task == "text-generation":
+                text = tokenizer.checked(text, _embeddings(model), checkpoint.path)
                 published, more = sampling.read_sampling(checkpoint.folder, checkpoint.gguf_file)
-                authors, notes = recipe.sampling.over(published), (*notes, *more)
+                authors, notes = recipe.sampling.over(published), (*text.notes, *more)
             else:
-                text = replace(text, templates={})
-            text = tokenizer.checked(text, _embeddings(model), checkpoint.path)
+                text = tokenizer.checked(replace(text, templates={}), _embeddings(model), checkpoint.path)
             said = [f"{text.tokenizer.get_vocab_size()} tokens", _named(text.templates)]
             said += [f"{written}'s tool calls"] if written else []
             stage.note = ", ".join(filter(None, [*said, sampling.described(authors)]))

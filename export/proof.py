@@ -2,12 +2,11 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 from tokenizers import Tokenizer
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 
 from export import far, greedy, positions, verify
 from export.errors import ExportError, UnsupportedModel
+from export.stage import Stage, Stages
 from export.step import Survey
 from runtime.bundle import Perplexity, Variant, Verification
 from runtime.engine import EngineError
@@ -29,24 +29,6 @@ _CHANCE = 0.99
 """Of the vocabulary's size: the perplexity of a guess, but for rounding."""
 
 
-class Stage(Protocol):
-    """A stage of the export under way."""
-
-    note: str
-
-    def advance(self, share: float) -> None:
-        """Tell how much of it is done, from 0 to 1."""
-        ...
-
-    def part(self, start: float, end: float) -> Callable[[float], None]:
-        """Takes the share of a part of the stage, which begins and ends at these shares of the whole."""
-        ...
-
-    def notice(self, sentence: str) -> None:
-        """Tell whoever exports what they should know."""
-        ...
-
-
 @dataclass
 class Proof:
     """Proves the variants of one model."""
@@ -57,7 +39,7 @@ class Proof:
     workshop: Path
     """The folder in which the variants' folders are."""
     tokenizer: Tokenizer
-    stage: Callable[[str], AbstractContextManager[Stage]]
+    stage: Stages
     """Begins the stage of that name."""
     verifies: bool
     sample: tuple[Path, str] | None

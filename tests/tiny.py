@@ -38,7 +38,7 @@ TEMPLATE = (
 
 @dataclass
 class Silent:
-    """A `pipeline.Progress` that shows nothing and remembers what it was told."""
+    """A `stage.Progress` that shows nothing and remembers what it was told."""
 
     notes: dict[str, str] = field(default_factory=dict)
     begun: list[str] = field(default_factory=list)

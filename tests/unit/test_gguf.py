@@ -538,3 +538,58 @@ def test_given_one_part_under_a_name_of_its_own_when_loaded_then_it_is_refused(t
 def test_given_a_gguf_in_parts_when_named_on_the_command_line_then_the_bundle_has_the_models_name(tmp_path: Path) -> None:
     parts = split(tmp_path / "parts")
     assert of(str(parts[1]), None, None, (FP32,)).name == "my-model"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_given_a_part_that_is_a_link_out_of_the_folder_when_fetched_then_it_is_refused_unless_it_was_named_itself(
+    tmp_path: Path, number: int
+) -> None:
+    parts = split(tmp_path / "parts")
+    outside = parts[number].rename(tmp_path / "outside.gguf")
+    parts[number].symlink_to(outside)
+    folder = parts[0].parent
+    for given in (
+        ModelReference(path=str(parts[2])),
+        ModelReference(path=str(folder)),
+        *(ModelReference(path=str(folder), file=part.name) for part in parts),
+    ):
+        with pytest.raises(ExportError) as error:
+            source.fetch(given, tmp_path)
+        assert "leads out of the model's folder (to " in str(error.value)
+        assert str(outside) in str(error.value)
+    assert source.fetch(ModelReference(path=str(parts[number])), tmp_path).path == parts[0]
+
+
+@pytest.mark.parametrize("name", ["whole.gguf", "deep/whole.gguf"])
+def test_given_a_recipes_file_that_is_a_link_out_of_the_folder_when_fetched_then_it_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "outside").mkdir()
+    tiny_gguf.write("llama", tmp_path / "outside" / "whole.gguf")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "deep").symlink_to(tmp_path / "outside")
+    (tmp_path / "model" / "whole.gguf").symlink_to("deep/whole.gguf")
+    with pytest.raises(ExportError, match=r"leads out of the model's folder \(to .*outside/whole.gguf\)"):
+        source.fetch(ModelReference(path=str(tmp_path / "model"), file=name), tmp_path)
+    with pytest.raises(ExportError, match=r"leads out of the model's folder \(to .*outside\)"):
+        source.fetch(ModelReference(path=str(tmp_path / "model"), file="deep"), tmp_path)
+
+
+def test_given_a_gguf_that_is_itself_a_link_when_named_by_its_path_then_it_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "m.gguf").symlink_to(tiny_gguf.write("llama", tmp_path / "blobs" / "0123"))
+    assert source.fetch(ModelReference(path=str(tmp_path / "m.gguf")), tmp_path).path == tmp_path / "m.gguf"
+
+
+def test_given_parts_in_a_hub_snapshot_when_fetched_then_their_links_into_its_blobs_are_followed(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    (snapshot / "Q4").mkdir(parents=True)
+    parts = split(blobs)
+    links = [snapshot / "Q4" / part.name for part in parts]
+    for link, part in zip(links, parts, strict=True):
+        link.symlink_to(Path("../../../blobs") / part.name)
+    for given in (
+        ModelReference(path=str(links[1])),
+        ModelReference(path=str(snapshot), file=f"Q4/{links[1].name}"),
+    ):
+        assert source.fetch(given, tmp_path).path == links[0]

@@ -251,20 +251,20 @@ def test_given_a_link_out_of_the_folder_when_fetched_then_it_is_refused(tmp_path
     outside = (model / name).rename(tmp_path / name)
     (model / name).symlink_to(outside)
     assert refused(model) == (
-        f"{model / name} is a link that leads out of the model's folder (to {outside}), so what would be read is not part of "
-        "the model; put the file itself there"
+        f"{model / name} leads out of the model's folder (to {outside}), so what would be read is not part of the model; put "
+        "the file itself there"
     )
 
 
 def test_given_a_folder_inside_that_leads_out_when_fetched_then_it_is_refused(tmp_path: Path, model: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (model / "1_Pooling").symlink_to(tmp_path / "elsewhere")
-    assert "is a link that leads out of the model's folder" in refused(model)
+    assert "leads out of the model's folder" in refused(model)
 
 
 def test_given_a_link_to_itself_when_fetched_then_it_is_refused(model: Path) -> None:
     (model / "notes.txt").symlink_to("notes.txt")
-    assert "is a link that leads out of the model's folder (to nowhere)" in refused(model)
+    assert f"{model / 'notes.txt'} cannot be looked up (" in refused(model)
 
 
 def test_given_a_hub_snapshot_when_fetched_then_its_links_into_its_blobs_are_followed(tmp_path: Path, tiny_model: Path) -> None:
@@ -308,7 +308,7 @@ def test_given_a_hidden_link_out_of_the_folder_for_weights_when_loaded_then_it_i
     else:
         config = json.loads((model / "config.json").read_text())
         (model / "config.json").write_text(json.dumps(config | {"transformers_weights": ".w/m.safetensors"}))
-    assert "names weights outside of the model's folder (.w/m.safetensors)" in refused(model)
+    assert f"{model / '.w' / 'm.safetensors'} leads out of the model's folder (to " in refused(model)
 
 
 def test_given_weights_that_the_configuration_names_elsewhere_when_loaded_then_it_is_refused(

@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from export import cli, decoder, source
 from export.errors import UnsupportedModel
-from export.pipeline import Stage
+from export.stage import Stage
 from tests import tiny
 
 

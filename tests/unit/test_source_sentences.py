@@ -2,10 +2,13 @@
 built.
 """
 
+import io
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import (
     Mistral3Config,
     PreTrainedConfig,
@@ -25,7 +30,7 @@ from transformers import (
 )
 
 import engineshed
-from export import decoder, library_messages, recipe, sentence, source
+from export import cli, decoder, library_messages, recipe, sentence, source
 from export.errors import ExportError
 from export.recipe import Build, ModelReference
 from tests import tiny
@@ -324,6 +329,8 @@ def test_given_the_address_of_a_model_when_read_then_it_is_the_hubs(given: str, 
         "https://huggingface.co/a",
         "ftp://x",
         "https://huggingface.co/../b",
+        "http://[::1",
+        "https://[x]/a/b",
     ],
 )
 def test_given_another_address_when_read_then_it_is_refused(given: str) -> None:
@@ -411,8 +418,12 @@ def export(*arguments: str | Path) -> int:
         (lambda path: path.write_text(""), "{path} cannot be written: {path} is a file; give a folder with --engines"),
         (lambda path: path.symlink_to("/dev/full"), "{path} cannot be written: {path} is a file; give a folder with --engines"),
         (lambda path: path.symlink_to("/proc"), "{path} cannot be written: "),
+        (
+            lambda path: path.symlink_to("nowhere"),
+            "{path} cannot be written: {path} is a link that leads nowhere; give a folder",
+        ),
     ],
-    ids=["a file", "a device", "not writable"],
+    ids=["a file", "a device", "not writable", "a link to nothing"],
 )
 def test_given_engines_that_cannot_be_written_when_exported_then_nothing_is_loaded_first(
     tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], prepare: Callable[[Path], object], said: str
@@ -423,6 +434,150 @@ def test_given_engines_that_cannot_be_written_when_exported_then_nothing_is_load
     *before, last = capsys.readouterr().err.splitlines()
     assert last.startswith("engineshed: " + said.format(path=path))
     assert not [line for line in before if "load" in line]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("{long}",),
+        ("./{long}",),
+        ("{model}", "--engines", "{engines}/{long}"),
+        ("{model}", "--engines", "{engines}/{long}/below"),
+        ("--recipe", "{recipe}"),
+        ("{circle}",),
+        ("{model}", "--engines", "{circle}"),
+    ],
+)
+def test_given_a_path_that_cannot_be_looked_up_when_exported_then_a_sentence_says_so(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    long, engines = "a" * 300, tmp_path / "engines"
+    circle, written = tmp_path / "circle", tmp_path / "recipe.toml"
+    circle.symlink_to(circle)
+    written.write_text(f'name = "tiny"\n[model]\npath = "{model}"\nfile = "{long}.gguf"\n')
+    known = {"long": long, "engines": engines, "model": model, "recipe": written, "circle": circle}
+    assert export("--engines", engines, *(argument.format(**known) for argument in arguments)) == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("engineshed: ")
+    assert " cannot be looked up (" in last
+    assert last.endswith("); correct the path, or the rights of the folders that it leads through")
+    assert not engines.exists()
+
+
+def test_given_a_user_who_is_not_there_when_a_path_is_read_then_a_sentence_says_so() -> None:
+    said = "^~nobody-of-this-name/x begins with a user's home that cannot be found; write the path out$"
+    with pytest.raises(ExportError, match=said):
+        recipe.of("~nobody-of-this-name/x", None, None, (FP32,))
+    with pytest.raises(ExportError, match=said):
+        source.fetch(ModelReference(path="~nobody-of-this-name/x"), Path("cache"))
+
+
+def test_given_a_null_byte_in_a_path_when_fetched_then_a_sentence_says_so(model: Path) -> None:
+    for reference in (ModelReference(path="a\0b"), ModelReference(path=str(model), file="a\0b")):
+        with pytest.raises(ExportError, match=r"cannot be looked up \(embedded null byte\)"):
+            source.fetch(reference, Path("cache"))
+
+
+def without_rights(*arguments: str | Path) -> list[str]:
+    """What `engineshed export` says on stderr as a user whom the files' modes bind, which the superuser is not by itself."""
+    line = [sys.executable, "-m", "engineshed", "export", *map(str, arguments)]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("nobody but the superuser is here, and no setpriv")
+        line = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *line]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    return done.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "named"),
+    [
+        ("mine", ("{place}/mine",), "{place}/mine/config.json"),
+        ("closed", ("{place}/closed/model",), "{place}/closed/model"),
+        ("closed", ("{place}/mine", "--engines", "{place}/closed/engines"), "{place}/closed/engines"),
+        ("engines/mine", ("{place}/mine",), "{place}/engines/mine/bundle.json"),
+    ],
+)
+def test_given_a_folder_that_may_not_be_entered_when_exported_then_a_sentence_says_so(
+    tmp_path: Path, model: Path, closed: str, arguments: tuple[str, ...], named: str
+) -> None:
+    (tmp_path / closed).mkdir(parents=True, exist_ok=True)
+    (tmp_path / closed).chmod(0)
+    try:
+        *_, last = without_rights(
+            "--engines", tmp_path / "engines", *(argument.format(place=tmp_path) for argument in arguments)
+        )
+    finally:
+        (tmp_path / closed).chmod(0o700)
+    assert last == (
+        f"engineshed: {named.format(place=tmp_path)} cannot be looked up (Permission denied); correct the path, or the rights "
+        "of the folders that it leads through"
+    )
+
+
+@pytest.mark.parametrize("option", ["--engines", "--cache", "--text", "--recipe"])
+def test_given_an_empty_path_for_an_option_when_exported_then_it_is_not_taken_for_this_folder(
+    capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    with pytest.raises(SystemExit):
+        export("./model", option, "")
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"argument {option}: the path is empty (`.` is this folder)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("",), "MODEL is empty; give a hub id (ORG/NAME), a folder or a .gguf file (`.` is this folder)"),
+        (("./m", "--chat-template", ""), "recipe 'm': chat_template is empty; give one, or leave it out"),
+        (("a/m", "--revision", ""), "recipe 'm': revision is empty; give one, or leave it out"),
+        (("./m", "--name", ""), "bundle name '': use small letters, digits, '.', '_' and '-'; begin with a letter or digit"),
+        (
+            ("--recipe", "{recipe}", "--name", ""),
+            "bundle name '': use small letters, digits, '.', '_' and '-'; begin with a letter or digit",
+        ),
+        (
+            (
+                "--recipe",
+                "{empty}",
+            ),
+            "recipe 'm': path is empty; give one, or leave it out",
+        ),
+    ],
+)
+def test_given_an_empty_word_when_exported_then_it_is_not_taken_for_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
+    for name, path in (("recipe", "x"), ("empty", "")):
+        (tmp_path / name).write_text(f'name = "m"\n[model]\npath = "{path}"\n')
+    known = {"recipe": tmp_path / "recipe", "empty": tmp_path / "empty"}
+    assert export(*(argument.format(**known) for argument in arguments)) == 1
+    assert capsys.readouterr().err == f"engineshed: {said}\n"
+
+
+def test_given_names_with_controls_for_the_terminal_when_shown_then_they_are_written_out(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a\x1b]0;owned\x07\nengines/m is \u202eready\x9b2J"
+    path = model / "model.safetensors"
+    save_file(load_file(path) | {name: torch.ones(1)}, path, metadata={"format": "pt"})
+    assert export(model, "--engines", model.parent / "engines") == 1
+    said = capsys.readouterr().err
+    assert all(line.isprintable() for line in said.splitlines())
+    assert r"(a\x1b]0;owned\x07\nengines/m is \u202eready\x9b2J, for one)" in said
+
+
+def test_given_notes_with_controls_for_the_terminal_when_reported_then_they_are_written_out() -> None:
+    screen = io.StringIO()
+    with cli.Report(Console(file=screen, force_terminal=True, width=200)) as report:
+        report.begin("load\x1b[2J")
+        report.advance("load\x1b[2J", 0.5)
+        report.end("load\x1b[2J", 1.0, "a model\x1b[2J\r[red]:smile:")
+        report.notice("of note\x1b[2J\nengines/m is ready")
+    shown = screen.getvalue()
+    assert "\x1b[2J" not in shown
+    assert r"a model\x1b[2J\r[red]:smile:" in shown
+    assert r"of note\x1b[2J\nengines/m is ready" in shown
 
 
 # What libraries say -------------------------------------------------------------------------------------------------------

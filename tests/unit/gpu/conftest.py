@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from export import decoder, graph, sampler
 from export.compile import Compiler
 from export.recipe import Build
+from export.stage import Stage
 from runtime import gpu, ort, ort_cuda, ort_providers, trt
 from runtime.bundle import File, Layer, Plan, Profile, Variant
 from runtime.gpu import GpuEngine
@@ -81,19 +83,10 @@ def cuda_export(tmp_path_factory: pytest.TempPathFactory) -> Export:
     folder = tmp_path_factory.mktemp("cuda")
     model = tiny.random_model()
 
-    class Stage:
-        note = ""
+    def silently(stage: str) -> AbstractContextManager[Stage]:
+        return nullcontext(Stage(stage, tiny.Silent()))
 
-        def __enter__(self) -> "Stage":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def advance(self, share: float) -> None:
-            pass
-
-    compiler = Compiler(model, decoder.survey(model), tiny.VOCAB, tiny.POSITIONS, folder, lambda name: Stage())
+    compiler = Compiler(model, decoder.survey(model), tiny.VOCAB, tiny.POSITIONS, folder, silently)
     with tiny.tracing_once():
         return Export(folder, compiler.compile(Build("cuda", "fp32"), folder))
 
