@@ -116,6 +116,8 @@ SPLITS: dict[str, Splits] = {
     "llama-bpe": _LLAMA3_SPLITS,
     "falcon3": _LLAMA3_SPLITS,
     "lfm2": _LLAMA3_SPLITS,
+    "dbrx": Splits(_isolated(_LLAMA3)),  # Phi-4's as well
+    "bloom": Splits(_isolated(" ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+")),
     "falcon": Splits(_falcon()),
     "qwen2": Splits(_isolated(_QWEN2), nfc=True),
     "deepseek-r1-qwen": Splits(_isolated(_QWEN2), nfc=True),
@@ -123,6 +125,7 @@ SPLITS: dict[str, Splits] = {
     "tekken": Splits(_isolated(_TEKKEN), ignore_merges=True, adds_bos=True),
     "gpt-4o": Splits(_isolated(_GPT4O)),
     "llama4": Splits(_isolated(_GPT4O)),
+    "minimax-m2": Splits(_isolated(_GPT4O)),
     "deepseek-llm": Splits(
         _isolated(
             r"[\r\n]",

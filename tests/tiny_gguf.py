@@ -165,7 +165,7 @@ def _add_gemma(writer: GGUFWriter, kind: str) -> None:
     writer.add_add_space_prefix(False)
 
 
-_RULES = ("gpt-2", "llama-bpe", "qwen2", "refact", "starcoder", "falcon", "gpt-4o")
+_RULES = ("gpt-2", "llama-bpe", "qwen2", "refact", "starcoder", "falcon", "gpt-4o", "bloom", "minimax-m2")
 _VOCABULARIES: dict[str, Callable[[GGUFWriter, str], None]] = {
     **dict.fromkeys(_RULES, _add_bytes),
     "sentencepiece": _add_sentencepiece,
@@ -173,8 +173,9 @@ _VOCABULARIES: dict[str, Callable[[GGUFWriter, str], None]] = {
     "gemma4": _add_gemma,
 }
 _PUBLISHED = {
-    # Those of the first three have rules that are not known here.
-    **dict.fromkeys(("bloom", "minimax-m2", "stablelm", "gpt2"), "gpt-2"),
+    **dict.fromkeys(("stablelm", "gpt2"), "gpt-2"),  # the rule of StableLM's is not known here
+    "bloom": "bloom",
+    "minimax-m2": "minimax-m2",
     "llama": "llama-bpe",
     **dict.fromkeys(("qwen2", "qwen2moe", "qwen3", "qwen3moe"), "qwen2"),
     "granite": "refact",

@@ -95,6 +95,8 @@ def test_every_known_rule_keeps_every_character(tmp_path: Path, pre: str) -> Non
         ("qwen2", "it'S 123\n\n x", ["it", "'S", "Ġ", "1", "2", "3", "ĊĊ", "Ġx"]),
         ("tekken", "fooBar 12/\n", ["foo", "Bar", "Ġ", "1", "2", "/Ċ"]),
         ("gpt-4o", "fooBar's 1234", ["foo", "Bar's", "Ġ", "123", "4"]),
+        ("dbrx", "it'S 12345", ["it", "'S", "Ġ", "123", "45"]),
+        ("bloom", "It's 12,5 (x|y)", ["It's", "Ġ12", ",", "5", "Ġ(", "x", "|", "y", ")"]),
         ("falcon", "a, 1234", ["a", ",", "Ġ", "123", "4"]),
         ("deepseek-llm", "ab\n12 你好", ["ab", "Ċ", "12", "Ġ", "ä½łå¥½"]),
         ("deepseek-v3", "1234你好 a", ["123", "4", "ä½łå¥½", "Ġa"]),
