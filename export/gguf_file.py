@@ -56,10 +56,6 @@ class GgufFile:
         """How many tokens the tokenizer has; None where the file holds no tokenizer."""
         return len(self._tokens) or None
 
-    def tokens(self, *texts: str) -> list[int]:
-        """The ids of those tokens of the vocabulary that are exactly one of `texts`."""
-        return [id for id, text in enumerate(self._tokens) if text in texts]
-
     def token_id(self, name: str) -> int | None:
         """The id under `tokenizer.ggml.NAME_token_id`; raises ExportError where that is none."""
         return token_id(self.keys, name, self.path)

@@ -213,6 +213,8 @@ TOKENIZER: dict[str, Fate] = {
         "a blank in front of a text, and behind each token that is found whole, in `llama`; it is there where it is not said."
         " Others have none, whatever is said, as in llama.cpp",
     ),
+    "ggml.normalizer.lowercase": Fate("refused", "the normalization of encoders' vocabularies", (False,)),
+    "ggml.normalizer.strip_accents": Fate("refused", "the normalization of encoders' vocabularies", (False,)),
     "ggml.remove_extra_whitespaces": Fate("no effect", "llama.cpp reads it for t5's vocabularies alone"),
     "ggml.precompiled_charsmap": Fate("refused", "the normalization of t5's vocabularies"),
     "ggml.suppress_tokens": Fate("noted", "tokens that are never to be drawn; they are not left out of an answer here"),

@@ -29,8 +29,6 @@ Settings = dict[str, Any]
 
 _GEMMA2_27B, _GEMMA3_27B = 46, 62
 """Layers by which llama.cpp knows the two models whose queries are scaled by the hidden size per head."""
-_GEMMA4_ENDS = ("<turn|>", "<|tool_response>")
-"""Tokens that end an answer beside the one that the file names; they are in the authors' generation_config.json."""
 _AWAY = 1e29
 """What divides a frequency away."""
 _SOFTMAX, _SIGMOID, _SOFTMAX_OF_CHOSEN = 1, 2, 3
@@ -470,7 +468,6 @@ def _gemma4(file: GgufFile, keys: Hyperparameters) -> Model:
     full = next(layer for layer, kind in enumerate(types) if kind == "full_attention")
     of_layers = keys.whole("embedding_length_per_layer_input", 0)
     settings |= {
-        "eos_token_id": [id for id in (settings["eos_token_id"], *file.tokens(*_GEMMA4_ENDS)) if id is not None] or None,
         "head_dim": sliding_head,
         "num_key_value_heads": heads.get("sliding_attention", heads["full_attention"]),
         "per_layer_config": {

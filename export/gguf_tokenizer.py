@@ -6,6 +6,7 @@ SentencePiece's (`llama`) and gemma4's transformers recovers the merges; what st
 What becomes of each key is in export/gguf_metadata.py.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,23 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 """Of `tokenizer.ggml.token_type` (`llama_token_type` in llama.cpp); the others are text."""
 _ENDS = ("eos", "eot", "eom")
 """The tokens that end an answer, by their names in a GGUF: end of sequence, of turn, of message."""
+_ENDING = (
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
+    *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>"),
+    *("<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["),
+)
+"""The tokens that end an answer, by their texts: files of many models do not name them (`llama_vocab::impl::load`)."""
+_NOT_ENDING = (
+    (
+        "<|end|>",
+        ({"<|return|>", "<|call|>"}, {"<|return|>", "<|calls|>"}, {"<|call|>", "<|flush|>"}, {"<|calls|>", "<|flush|>"}),
+    ),
+    ("</s>", ({"<|tool_response>"},)),
+)
+"""Of these, what ends no answer in a vocabulary that has one of the sets of others beside it."""
+_PHI3 = re.compile(r"phi[- ]?3")
+_PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")
+"""Phi-3's tokens behind which blanks and line breaks count; behind the others its authors' tokenizer drops them."""
 _NAMED = {
     "bos": "bos_token",
     "eos": "eos_token",
@@ -114,8 +132,18 @@ class _Said:
         more = self._numbers("eos_token_ids")
         if not all(type(id) is int and 0 <= id < len(self.tokens) for id in more):
             raise self._wrong("eos_token_ids", "ids of its tokens")
-        ids = (*map(self.id, _ENDS), *map(int, more))
-        return tuple(dict.fromkeys(id for id in ids if id is not None))
+        named = [id for id in (*map(self.id, _ENDS), *map(int, more)) if id is not None]
+        found = {token: id for id, token in enumerate(self.tokens) if token in _ENDING}
+        for token, others in _NOT_ENDING:
+            if any(beside <= found.keys() for beside in others):
+                found.pop(token, None)
+        return tuple(dict.fromkeys((*named, *found.values())))
+
+    @property
+    def strips_behind_tokens(self) -> bool:
+        """White space behind a special token is dropped: what Phi-3's authors do, and no file says but by its name."""
+        name = str(self._keys.get("general.name", "")).lower()
+        return self.kind == _SENTENCEPIECE and self.architecture == "phi3" and _PHI3.search(name) is not None
 
     @property
     def adds_bos(self) -> bool:
@@ -260,9 +288,16 @@ def _add_tokens(tokenizer: Tokenizer, said: _Said) -> None:
     found = []
     for id, (token, kind) in enumerate(zip(said.tokens, said.types, strict=False)):  # there may be more types
         special = kind in (_UNKNOWN, _CONTROL) or id in named
-        # A token that transformers spells in another way, as gemma's runs of blanks, comes of the merges.
-        if token and (special or kind == _USER_DEFINED) and tokenizer.token_to_id(token) == id:
-            found.append(AddedToken(token, normalized=False, special=special))
+        if not token or not (special or kind == _USER_DEFINED):
+            continue
+        if tokenizer.token_to_id(token) == id:
+            rstrip = said.strips_behind_tokens and token not in _PHI3_KEEPS
+            found.append(AddedToken(token, normalized=False, special=special, rstrip=rstrip))
+        elif special:  # else it comes of the merges, as gemma's runs of blanks, which transformers spells in another way
+            raise ExportError(
+                f"transformers makes other text of the special token {token!r} of {said.path}; leave --tokenizer transformers "
+                "out"
+            )
     tokenizer.add_tokens(found)
 
 

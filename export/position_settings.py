@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from export.errors import ExportError
 
 _SAME_KIND = {"su": "longrope", "mrope": "default"}
 """Older names of kinds of rotary positions."""
 _OLD, _NEW = "rope_scaling", "rope_parameters"
-_BESIDE = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
+_ORIGINAL = "original_max_position_embeddings"
+_BESIDE = ("rope_theta", _ORIGINAL, "partial_rotary_factor")
 """Settings that stand in the scaling, or beside it."""
 
 
@@ -20,6 +23,19 @@ def check(config: dict[str, Any], where: object) -> None:
             raise ExportError(
                 f"{where} contradicts itself: {place}{first}, and {place}{second}; transformers takes one of them without a "
                 "word, so delete the one that is not meant"
+            )
+
+
+def check_loaded(config: dict[str, Any], loaded: PreTrainedConfig, where: object) -> None:
+    """Refuse a length that a configuration (of the file `where`) names and transformers, which `loaded` it, does not take."""
+    for place, part, taken in (("", config, loaded), ("text_config.", config.get("text_config"), loaded.get_text_config())):
+        named = part.get(_ORIGINAL) if isinstance(part, dict) else None
+        scaling = getattr(taken, _NEW, None)
+        used = scaling.get(_ORIGINAL) if isinstance(scaling, dict) and _is_one_scaling(scaling) else None
+        if _differ(named, used):
+            raise ExportError(
+                f"{where} names {place}{_ORIGINAL} {named!r}, and transformers takes {used!r}: it looks for it within {_OLD}; "
+                "put it there"
             )
 
 

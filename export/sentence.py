@@ -24,7 +24,7 @@ from runtime.bundle import Pooling
 
 MODULES = "modules.json"
 TRANSFORMER = "sentence_bert_config.json"
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_CONFIG, _WEIGHTS, _PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
 _EMBEDDING = "sentence_embedding"
 """What a text's embedding is called where a module says what it takes and gives; there are others, as `token_embeddings`."""
 
@@ -186,6 +186,11 @@ def _dense(folder: Path) -> torch.nn.Module:
 def _dense_weights(folder: Path, config: _Dense) -> dict[str, torch.Tensor]:
     """The tensors of a dense layer in float32, by the names that torch has for them."""
     path = folder / _WEIGHTS
+    if not exists(path) and exists(folder / _PICKLED):
+        raise UnsupportedModel(
+            f"{folder / _PICKLED} is pickled, and a dense layer is read from {_WEIGHTS} alone; load the model with "
+            "sentence-transformers and save it again"
+        )
     stored = header(path)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     if shapes != config.shapes:

@@ -136,6 +136,7 @@ def load(
             )
     except (Exception, SystemExit) as error:  # transformers raises whatever the file's reader did, and the code that is trusted
         raise _refusal(checkpoint, files, error, task, heard) from error
+    position_settings.check_loaded(files.config, model.config, checkpoint.folder / checkpoint_files.CONFIG)
     stored_types.widen(model)
     stored_types.check_loaded(model, files)
     left_out = check_whole(model, loaded, files, task, checkpoint.path)

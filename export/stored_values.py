@@ -60,9 +60,15 @@ def _stored(
 def frequencies(model: PreTrainedModel, files: CheckpointFiles) -> list[str]:
     """A line where rotary frequencies are stored, as older versions of transformers did, that are none of the model's."""
     computed = [buffer.flatten() for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
+    scaling = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if scaling.get("rope_type") == "linear":  # which divided positions then, and divides frequencies now
+        computed += [frequencies * scaling["factor"] for frequencies in computed]
+    readers: dict[Path, Callable[[str], torch.Tensor]] = {}
     for key, tensor in files.tensors.items():
         if key.endswith("inv_freq") and tensor.dtype in FLOATS and computed:
-            stored = _reader(tensor.file)(key).flatten().float()
+            if tensor.file not in readers:
+                readers[tensor.file] = _reader(tensor.file)
+            stored = readers[tensor.file](key).flatten().float()
             if not any(len(other) == len(stored) and torch.allclose(stored, other, rtol=_ROUNDED) for other in computed):
                 return [f"{key} holds other rotary frequencies than those of {CONFIG}, which transformers and the engine use"]
     return []

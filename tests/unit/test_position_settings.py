@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, Phi3Config
 
 from export import position_settings
 from export.errors import ExportError
@@ -43,6 +44,24 @@ def test_what_contradicts_itself_is_refused_with_both_entries(config: dict[str, 
     with pytest.raises(ExportError) as error:
         position_settings.check(config, "config.json")
     assert str(error.value).startswith(f"config.json contradicts itself: {said}; ")
+
+
+def test_a_length_that_transformers_does_not_take_is_refused() -> None:
+    scaling: dict[str, Any] = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    entries: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 1024,
+        "rope_scaling": scaling,
+    }
+    config = entries | {"original_max_position_embeddings": 128}
+    with pytest.raises(
+        ExportError, match=r"original_max_position_embeddings 128, and transformers takes 1024: it looks for it"
+    ):
+        position_settings.check_loaded(config, LlamaConfig(**config), "config.json")
+    position_settings.check_loaded(config, Phi3Config(**config, pad_token_id=0), "config.json")
+    inside = entries | {"rope_scaling": scaling | {"original_max_position_embeddings": 128}}
+    position_settings.check_loaded(inside, LlamaConfig(**inside), "config.json")
 
 
 @pytest.mark.parametrize(

@@ -40,15 +40,16 @@ def write_gguf(
     /,
     **more: Any,
 ) -> str:
-    """A GGUF file without weights; `more` are further metadata of the tokenizer, of which those that are None are left out. Its
-    name.
+    """A GGUF file without weights; `more` are further metadata of the tokenizer, of which those that are None are left out, and
+    `name`, the model's. Its path in the folder.
     """
     writer = GGUFWriter(folder / "tiny.gguf", architecture)
     writer.add_tokenizer_model(kind)
     for key, value in ({"tokens": tokens, "token_type": [int(type) for type in types], "pre": pre} | more).items():
         if value is None:
             continue
-        name = "tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}"
+        elsewhere = {"chat_template": "tokenizer.chat_template", "name": "general.name"}
+        name = elsewhere.get(key, f"tokenizer.ggml.{key}")
         writer.add_key_value(name, value, GGUFValueType.get_type(value))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -283,6 +284,46 @@ def test_more_tokens_may_end_an_answer(tmp_path: Path) -> None:
     assert read_text(tmp_path, byte_level_gguf(tmp_path, eos_token_ids=[TURN, END])).stop_ids == (END, TURN)
 
 
+@pytest.mark.parametrize(
+    ("texts", "ending"),
+    [
+        (["<end_of_turn>", "<|x|>"], ["<end_of_turn>"]),
+        (["<|end|>", "<|endoftext|>"], ["<|end|>", "<|endoftext|>"]),
+        (["<|end|>", "<|return|>", "<|call|>"], ["<|return|>", "<|call|>"]),
+        (["<|end|>", "<|flush|>", "<|calls|>"], ["<|flush|>", "<|calls|>"]),
+        (["</s>", "<turn|>", "<|tool_response>"], ["<turn|>", "<|tool_response>"]),
+    ],
+)
+def test_tokens_that_end_an_answer_are_found_by_their_texts(tmp_path: Path, texts: list[str], ending: list[str]) -> None:
+    tokens = ["<unk>", "<s>", "<z>", "▁h", *texts]
+    types = [2, 3, 3, 1, *[3] * len(texts)]
+    side = read_text(tmp_path, write_gguf(tmp_path, "llama", tokens, types, None, eos_token_id=2, scores=[0.0] * len(tokens)))
+    assert [side.tokenizer.id_to_token(id) for id in side.stop_ids] == ["<z>", *ending]
+
+
+@pytest.mark.parametrize("name", ["Phi 3 Mini 4k", "Phi-3.5-mini-instruct", "phi3", "Phi 4", None])
+def test_phi_3_drops_white_space_behind_its_special_tokens(tmp_path: Path, name: str | None) -> None:
+    """As its authors' tokenizer.json (`rstrip`); llama.cpp goes by the name, too."""
+    marks = ["<|user|>", "<|end|>", "<|assistant|>", "<|endoftext|>"]
+    tokens = ["<unk>", "<s>", "</s>", "▁", "h", "▁h", "<0x0A>", *marks]
+    keys = {"scores": [0.0, 0.0, 0.0, -1.0, -2.0, 0.0, 0.0, *[0.0] * 4], "add_bos_token": False}
+    file = write_gguf(tmp_path, "llama", tokens, [2, 3, 3, 1, 1, 1, 6, 3, 3, 3, 3], None, "phi3", name=name, **keys)
+    ids = read_text(tmp_path, file).tokenizer.encode("<|user|>\nh<|end|>\n<|assistant|>\n<|endoftext|>\n").ids
+    said = [tokens[id] for id in ids]
+    kept = ["<|endoftext|>", "▁", "<0x0A>"]
+    if name in ("Phi 4", None):
+        assert said == ["<|user|>", "▁", "<0x0A>", "h", "<|end|>", "▁", "<0x0A>", "<|assistant|>", "▁", "<0x0A>", *kept]
+    else:
+        assert said == ["<|user|>", "▁h", "<|end|>", "<|assistant|>", *kept]
+
+
+def test_a_special_token_that_transformers_spells_otherwise_is_refused(tmp_path: Path) -> None:
+    file = byte_level_gguf(tmp_path)
+    assert read_text(tmp_path, file).tokenizer.encode("<｜turn｜>").ids == [TURN]
+    with pytest.raises(ExportError, match=r"other text of the special token '<｜turn｜>' of .*; leave --tokenizer"):
+        read_text(tmp_path, file, choice="transformers")
+
+
 def test_a_key_that_is_not_known_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ExportError, match=r"has the key tokenizer\.ggml\.lowercase, which is not known here and may change how"
@@ -360,8 +401,8 @@ def test_the_metadata_is_read_once_while_the_file_stays_as_it_is(tmp_path: Path,
     read_sampling(tmp_path, name)
     assert opened == [name]
     byte_level_gguf(tmp_path, eos_token_id=TURN)
-    assert first.stop_ids == (END,)
-    assert read_text(tmp_path, name).stop_ids == (TURN,)
+    assert first.stop_ids[0] == END
+    assert read_text(tmp_path, name).stop_ids[0] == TURN
     assert opened == [name, name]
 
 
