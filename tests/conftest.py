@@ -1,9 +1,12 @@
 """What the tests share: the default model's file, and a tiny model with its bundle."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the processes that tests start and interrupt inherit
 MODELS = Path(__file__).parent.parent / ".cache" / "models"
 
 
