@@ -139,7 +139,7 @@ def test_texts_come_back_whole(exported: Tokenizer) -> None:
 def test_what_the_manifest_needs_comes_from_the_file(side: TextSide, exported: Tokenizer) -> None:
     named = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>", "pad_token": "<|im_end|>"}
     assert side.special_tokens == named
-    assert [exported.id_to_token(id) for id in side.stop_ids] == ["<|im_end|>"]
+    assert [exported.id_to_token(id) for id in side.stop_ids] == ["<|im_end|>", "<|endoftext|>"], "as in llama.cpp"
     assert set(side.templates) == {"default"}
     assert "<|im_start|>" in side.templates["default"]
     assert exported.encode("Hello").ids == encode(exported, "Hello"), "the file says that no BOS is added"
