@@ -5,7 +5,7 @@ token's row of the embeddings set to zero, in Youtu) leaves another model than t
 compared with that one, and agree with it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -44,17 +44,15 @@ def _stored(
     conversions = getattr(model, "_weight_conversions", None) or []
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-    by_file: dict[Path, list[tuple[str, str]]] = {}
+    names: dict[str, str] = {}
     for key, tensor in files.tensors.items():
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, weights)
         if name not in weights and key in weights:
             name, pattern = key, None
         if name in weights and pattern is None and tensor.dtype in FLOATS:
-            by_file.setdefault(tensor.file, []).append((key, name))
-    for file, pairs in by_file.items():
-        read = _reader(file)
-        for key, name in pairs:
-            yield name, read(key)
+            names[key] = name
+    for key, stored in _read(files, names):
+        yield names[key], stored
 
 
 def frequencies(model: PreTrainedModel, files: CheckpointFiles) -> list[str]:
@@ -63,15 +61,23 @@ def frequencies(model: PreTrainedModel, files: CheckpointFiles) -> list[str]:
     scaling = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     if scaling.get("rope_type") == "linear":  # which divided positions then, and divides frequencies now
         computed += [frequencies * scaling["factor"] for frequencies in computed]
-    readers: dict[Path, Callable[[str], torch.Tensor]] = {}
-    for key, tensor in files.tensors.items():
-        if key.endswith("inv_freq") and tensor.dtype in FLOATS and computed:
-            if tensor.file not in readers:
-                readers[tensor.file] = _reader(tensor.file)
-            stored = readers[tensor.file](key).flatten().float()
-            if not any(len(other) == len(stored) and torch.allclose(stored, other, rtol=_ROUNDED) for other in computed):
-                return [f"{key} holds other rotary frequencies than those of {CONFIG}, which transformers and the engine use"]
+    keys = [key for key, tensor in files.tensors.items() if key.endswith("inv_freq") and tensor.dtype in FLOATS]
+    for key, tensor in _read(files, keys if computed else ()):
+        stored = tensor.flatten().float()
+        if not any(len(other) == len(stored) and torch.allclose(stored, other, rtol=_ROUNDED) for other in computed):
+            return [f"{key} holds other rotary frequencies than those of {CONFIG}, which transformers and the engine use"]
     return []
+
+
+def _read(files: CheckpointFiles, keys: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The stored tensors of these keys, file by file, each of which is opened once."""
+    by_file: dict[Path, list[str]] = {}
+    for key in keys:
+        by_file.setdefault(files.tensors[key].file, []).append(key)
+    for file, inside in by_file.items():
+        get = _reader(file)
+        for key in inside:
+            yield key, get(key)
 
 
 def _reader(file: Path) -> Callable[[str], torch.Tensor]:

@@ -115,8 +115,7 @@ def compare(
     found = Agreement(0, 0, 0, "")
     tokens, done = sum(map(len, prompts)), 0
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        if padding in answer:
-            answer = answer[: answer.index(padding) + 1]
+        answer = up_to(answer, padding)
         logits = reference_logits(model, prompt + answer[:-1], boundaries)[len(prompt) - 1 :]
         one = judge(logits, torch.tensor(answer), tie)
         where = f"prompt {number} of {len(prompt)} tokens, {one.first}" if one.first else ""
@@ -124,6 +123,11 @@ def compare(
         done += len(prompt)
         share(done / max(tokens, 1))
     return found
+
+
+def up_to(answer: list[int], padding: int | None) -> list[int]:
+    """`answer` as far as it can be judged: to its first `padding`, behind which the model counts positions otherwise."""
+    return answer[: answer.index(padding) + 1] if padding in answer else answer
 
 
 def judge(logits: torch.Tensor, tokens: torch.Tensor, tie: float) -> Agreement:

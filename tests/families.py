@@ -279,8 +279,7 @@ def compare(made: PreTrainedModel, folder: Path) -> Comparison:
     answers = greedy(loaded, asked)
     ties, different = 0, []
     for prompt, answer in zip(asked, answers, strict=True):
-        if seen.padding in answer:
-            answer = answer[: answer.index(seen.padding) + 1]
+        answer = verify.up_to(answer, seen.padding)
         rows = verify.reference_logits(reference, [*prompt, *answer[:-1]], seen.length_boundaries)[len(prompt) - 1 :]
         best = rows.argmax(-1).tolist()
         for index, (token, expected) in enumerate(zip(answer, best, strict=True)):
